@@ -1,0 +1,91 @@
+"""ForwardBatch: what one forward pass gets, as an explicit argument; and the layout rule of a prompt.
+
+GLM's rule (GLM-130B paper, section 2.2; ChatGLM-6B release): tokens before the start-of-piece token <sop> are
+context and see each other in both directions; from <sop> on a token sees the context and what precedes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openglm.config import GLMConfig
+
+__all__ = ["ForwardBatch", "PromptLayout", "prompt_layout"]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Input of `Transformer.forward`.
+
+    ids: (B, T) int64.
+    positions: (axes, B, T) int64; axes as in RopeConfig.
+    segments: (B, T) integer or None. A token sees only tokens of its own segment; None: one segment a row.
+    context: (B, T) bool or None. True: visible to the whole segment, also to earlier tokens; None: causal.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor | None = None
+    context: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> ForwardBatch:
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        return ForwardBatch(self.ids.to(device), self.positions.to(device), move(self.segments), move(self.context))
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Where context ends and how positions run on, derived from a prompt's ids; see `prompt_layout`.
+
+    n_context: tokens of bidirectional context (0 for causal models).
+    mask_index: index of the mask token being filled, where frozen positions stay.
+    frozen: positions stop at mask_index from <sop> on.
+    """
+
+    axes: int
+    n_context: int
+    mask_index: int
+    frozen: bool
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """(axes, stop - start) int64 positions of tokens start..stop-1."""
+        index = torch.arange(start, stop)
+        position = torch.where(index < self.n_context, index, self.mask_index) if self.frozen else index
+        if self.axes == 1:
+            return position[None]
+        return torch.stack([position, (index - self.n_context + 1).clamp(min=0)])
+
+    def context(self, n_tokens: int) -> Tensor:
+        """(n_tokens,) bool, True on the bidirectional context."""
+        return torch.arange(n_tokens) < self.n_context
+
+
+def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[str, int]) -> PromptLayout:
+    """Layout of a prompt by the family's rule.
+
+    Causal models count 0..n-1. Prefix models: context ends before the first <sop>. With two axes (ChatGLM-6B) the
+    position freezes at the [gMASK], else at the first [MASK] or [sMASK], and block positions count from 1 at <sop>.
+    With one axis (GLM-130B) positions run on after [gMASK] and freeze at the mask's index after [MASK] or [sMASK].
+    A prompt without <sop> is all causal from its first token.
+    """
+    axes = config.rope.axes
+    if config.mask == "causal":
+        return PromptLayout(axes, 0, 0, False)
+    tokens = list(ids)
+    sop = special_ids.get("<sop>")
+    if sop is None or sop not in tokens:
+        return PromptLayout(axes, 0, 0, axes == 2)
+    n_context = tokens.index(sop)
+    found = {name: tokens.index(special_ids[name]) for name in ("[gMASK]", "[MASK]", "[sMASK]")
+             if name in special_ids and special_ids[name] in tokens[:n_context]}  # fmt: skip
+    if "[gMASK]" in found:
+        return PromptLayout(axes, n_context, found["[gMASK]"], axes == 2)
+    if found:
+        return PromptLayout(axes, n_context, min(found.values()), True)
+    return PromptLayout(axes, n_context, max(n_context - 1, 0), axes == 2)

@@ -1,0 +1,174 @@
+"""Our checkpoint: a folder with config.json, model.safetensors, tokenizer files and a manifest of sha256 sums.
+
+Written to a temporary folder, fsynced and renamed, so that a killed process leaves the last good one. Reading checks
+sizes and sums first and says in one line which file is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openglm.config import GLMConfig, from_dict
+from openglm.model.transformer import Transformer
+
+__all__ = ["CheckpointMeta", "load_checkpoint", "read_config", "save_checkpoint", "sha256_file", "verify_manifest"]
+
+WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What travels with the weights besides the shape.
+
+    special_ids: name -> id. stop_ids: ids that end an answer. chat_format: name in `openglm.formats`, None for a base
+    model. tokenizer: kind of the tokenizer files, None without. generation: defaults for SamplingParams fields.
+    description: free facts, such as training data and steps.
+    """
+
+    special_ids: dict[str, int] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+    chat_format: str | None = None
+    tokenizer: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    weights: Transformer | Mapping[str, Tensor],
+    config: GLMConfig,
+    meta: CheckpointMeta,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint folder in one step; an existing one is replaced only when the new one is complete.
+
+    dtype: type that floating-point weights are stored in, default as they are.
+    """
+    folder = Path(folder)
+    state = weights.state_dict() if isinstance(weights, Transformer) else dict(weights)
+    tensors = {
+        name: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous() for name, t in state.items()
+    }
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        head = {"format": "openglm", "version": VERSION, "model": config.to_dict(), **asdict(meta)}
+        (temporary / CONFIG).write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, data in (tokenizer_files or {}).items():
+            (temporary / name).write_bytes(data)
+        sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Fsync everything in `temporary` and rename it to `folder`, setting an existing `folder` aside until then."""
+    for path in [*temporary.rglob("*"), temporary]:
+        _fsync(path)
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_manifest(folder: Path) -> None:
+    """Compare every file with the manifest; raises ValueError naming the first one cut short, changed or missing."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}: the copy is incomplete; fetch it again")
+    for name, entry in json.loads(path.read_text()).items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the manifest lists it; fetch the checkpoint again")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise ValueError(f"{file} has {size} bytes instead of {entry['bytes']}: it was cut short; fetch it again")
+        if sha256_file(file) != entry["sha256"]:
+            raise ValueError(f"{file} does not match its sha256 in {MANIFEST}: it is damaged; fetch it again")
+
+
+def read_config(folder: str | Path) -> tuple[GLMConfig, CheckpointMeta]:
+    """Shape and meta of a checkpoint folder, without reading weights."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG}")
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(head, dict) or head.get("format") != "openglm":
+        raise ValueError(f"{path} was not written by openglm (no \"format\": \"openglm\")")
+    if head.get("version") != VERSION:
+        raise ValueError(f"{path} has version {head.get('version')}, this openglm reads {VERSION}: upgrade openglm")
+    meta = CheckpointMeta(
+        special_ids=head.get("special_ids", {}),
+        stop_ids=tuple(head.get("stop_ids", ())),
+        chat_format=head.get("chat_format"),
+        tokenizer=head.get("tokenizer"),
+        generation=head.get("generation", {}),
+        description=head.get("description", {}),
+    )
+    return from_dict(head["model"]), meta
+
+
+def load_checkpoint(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, CheckpointMeta]:
+    """Model and meta from a folder that `save_checkpoint` wrote; weights in `dtype`, default as stored.
+
+    Raises ValueError for a damaged or foreign folder and for tensors that do not fit the config.
+    """
+    folder = Path(folder)
+    config, meta = read_config(folder)
+    verify_manifest(folder)
+    model = Transformer(config, device="meta")
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if expected.get(name) != tuple(tensor.shape):
+                    wanted = expected.get(name, "no such tensor")
+                    raise ValueError(f"{folder / WEIGHTS}: {name} is {tuple(tensor.shape)}, the config says {wanted}")
+                state[name] = tensor.to(device, dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); fetch it again") from None
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{folder / WEIGHTS} lacks {missing[0]} and {len(missing) - 1} more")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval(), meta
