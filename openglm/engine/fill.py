@@ -1,0 +1,98 @@
+"""Filling blanks: masks left to right, each answer put in place of its mask before the next pass. Token ids only.
+
+GLM-130B's strategy: the text with its masks is context in both directions, then <sop>, then the answer until a stop
+id. [MASK] and [sMASK] come first, in the order of the text; a [gMASK] stays out of the context until it is its turn,
+because no sample of the training objective holds both kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from openglm.engine.beam import Beam
+from openglm.engine.engine import Engine, FinishReason
+from openglm.types import SamplingParams
+
+__all__ = ["MASKS", "FilledBlank", "fill_blanks"]
+
+MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
+
+
+@dataclass(frozen=True)
+class FilledBlank:
+    """ids: the answer that was put in, without a stop id. candidates: all beams, best first (one when drawing)."""
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    candidates: tuple[Beam, ...]
+
+
+def fill_blanks(
+    engine: Engine,
+    ids: Sequence[int],
+    params: SamplingParams,
+    n_beams: int = 1,
+    length_penalty: float = 0.0,
+    no_repeat_ngram: int = 0,
+    min_new_tokens: int = 0,
+    joined: Callable[[int, list[int]], list[int]] = lambda blank, answer: answer,
+) -> tuple[list[int], list[FilledBlank]]:
+    """(ids with every mask replaced, blanks in the order of the text).
+
+    With n_beams above 1 every blank is searched and its best answer put in, else it is drawn as `params` says.
+    params.max_new_tokens and stop_ids hold for each blank. joined(blank number, answer) gives the ids that go in.
+    Raises ValueError when there is no mask, or a model has no <sop> or sees only backwards.
+    """
+    special = engine.special_ids
+    if engine.config.mask != "prefix" or "<sop>" not in special:
+        raise ValueError("this model sees only what comes before and cannot fill blanks: use generate")
+    masks = {special[name] for name in MASKS if name in special}
+    gmask = special.get("[gMASK]")
+    # Pieces of the text: a list of ids, or the number of the blank that is still open there.
+    pieces: list[list[int] | int] = [[]]
+    kinds: list[int] = []
+    for token in ids:
+        if token in masks:
+            pieces += [len(kinds), []]
+            kinds.append(token)
+        else:
+            assert isinstance(pieces[-1], list)
+            pieces[-1].append(token)
+    if not kinds:
+        raise ValueError("the text has no blank: put [MASK] where words are missing ([sMASK] a sentence, [gMASK] the rest)")
+    order = sorted(range(len(kinds)), key=lambda blank: kinds[blank] == gmask)
+    filled: dict[int, FilledBlank] = {}
+    for number, blank in enumerate(order):
+        is_open = {b for b in order[number:] if kinds[b] != gmask or kinds[blank] == gmask}
+        prompt = [t for p in pieces for t in (p if isinstance(p, list) else [kinds[p]] if p in is_open else [])]
+        prompt.append(special["<sop>"])
+        filled[blank] = _answer(engine, prompt, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens)
+        pieces[pieces.index(blank)] = joined(blank, list(filled[blank].ids))
+    return [t for p in pieces if isinstance(p, list) for t in p], [filled[b] for b in range(len(kinds))]
+
+
+def _answer(
+    engine: Engine,
+    prompt: list[int],
+    params: SamplingParams,
+    n_beams: int,
+    length_penalty: float,
+    no_repeat_ngram: int,
+    min_new_tokens: int,
+) -> FilledBlank:
+    stop = frozenset(params.stop_ids)
+
+    def bare(ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids[:-1] if ids and ids[-1] in stop else ids
+
+    if n_beams > 1:
+        beams = engine.beam(
+            prompt, n_beams, params.max_new_tokens, length_penalty, no_repeat_ngram, min_new_tokens, stop
+        )
+        best = beams[0][0]
+        candidates = tuple((bare(found), value) for found, value in beams)
+        return FilledBlank(bare(best), "stop" if best[-1] in stop else "length", candidates)
+    completion = engine.generate(prompt, params)
+    answer = bare(completion.token_ids)
+    return FilledBlank(answer, completion.finish_reason, ((answer, sum(completion.logprobs)),))
