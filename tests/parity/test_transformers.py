@@ -1,0 +1,68 @@
+"""Every Hugging Face shape we cover against `transformers` with the same tiny random weights, in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from openglm.config import GLMConfig, RopeConfig
+from openglm.model.batch import ForwardBatch
+from openglm.model.transformer import Transformer
+from openglm.model.weights import FAMILIES, export_weights, import_weights
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "intermediate_size": 88, "max_position_embeddings": 128, "pad_token_id": None, "attn_implementation": "eager",
+}  # fmt: skip
+OURS: dict[str, Any] = {
+    "vocab_size": 131, "dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 88, "max_seq_len": 128,
+}  # fmt: skip
+
+# name -> (transformers class prefix, its extra fields, our weight table, our extra fields)
+SHAPES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "glm-4-9b": ("Glm", {"head_dim": 16, "rms_norm_eps": 1.5625e-7, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}},
+                 "hf-glm", {"head_dim": 16, "norm_eps": 1.5625e-7, "rope": RopeConfig(theta=5e6, fraction=0.5)}),
+    "glm-edge": ("Glm", {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+                 "hf-glm", {"head_dim": 8, "qkv_bias": False, "tie_embeddings": True}),
+    "glm-4-0414-9b": ("Glm4", {"head_dim": 16, "attention_bias": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+                      "hf-glm4", {"head_dim": 16, "sandwich": True, "rope": RopeConfig(fraction=0.5)}),
+    "glm-4-0414-32b": ("Glm4", {"head_dim": 16, "attention_bias": False, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+                       "hf-glm4", {"head_dim": 16, "sandwich": True, "qkv_bias": False, "rope": RopeConfig(fraction=0.5)}),
+    "llama": ("Llama", {"head_dim": 8, "rms_norm_eps": 1e-5}, "hf-llama", {"head_dim": 8, "qkv_bias": False}),
+    "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+              "hf-llama", {"head_dim": 8, "norm_eps": 1e-6, "tie_embeddings": True, "rope": RopeConfig(theta=1e6)}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Transformer, str]:
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    prefix, theirs, table, ours = SHAPES[request.param]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZE, **theirs})
+    reference = getattr(transformers, f"{prefix}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter in reference.parameters():  # norms and biases must not be trivial
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = Transformer(GLMConfig(**{**OURS, **ours}), device="meta")
+    state = reference.state_dict()
+    model.load_state_dict(dict(import_weights(FAMILIES[table], model.config, state.__getitem__)), assign=True)
+    return reference, model.requires_grad_(False), table
+
+
+def test_logits(pair: tuple[Any, Transformer, str]) -> None:
+    reference, model, _ = pair
+    ids = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(40).expand(1, 2, 40)
+    ours = model.logits(model(ForwardBatch(ids, positions)))
+    torch.testing.assert_close(ours, reference(ids).logits, rtol=0, atol=2e-5)
+
+
+def test_export_gives_the_same_tensors(pair: tuple[Any, Transformer, str]) -> None:
+    reference, model, table = pair
+    theirs = reference.state_dict()
+    exported = dict(export_weights(FAMILIES[table], model.config, model.state_dict()))
+    assert exported.keys() == theirs.keys() - ({"lm_head.weight"} if model.head is None else set())
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, theirs[name]), name
