@@ -1,0 +1,7 @@
+"""Text to token ids and back: one Tokenizer class and an incremental detokenizer."""
+
+from __future__ import annotations
+
+from openglm.tokenizer.tokenizer import SPECIALS, Detokenizer, Tokenizer
+
+__all__ = ["SPECIALS", "Detokenizer", "Tokenizer"]

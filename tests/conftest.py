@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: the folder of shared data, and a tiny tokenizer trained in the process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from openglm.tokenizer import Tokenizer
+from openglm.tokenizer.train import train_bpe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TINY_TEXT = (
+    "The quick brown fox jumps over the lazy dog. What is the capital of France? It is Paris, of course!",
+    "A language model reads text and fills the blanks: one word, one sentence, or everything that follows.",
+    "In 1998 there were 1234567 people in the city, and 42 % of them couldn't swim; they've since learned.",
+    "北京是中华人民共和国的首都，也是全国的政治中心和文化中心。你好，世界！今天天气怎么样？",
+    "语言模型读入文本，然后填写空白：一个词、一句话，或者后面的全部内容。人工智能正在改变世界。",
+    "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder ../shared/data beside the repository; the test is skipped where it does not exist."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the corpus and golden sets in ../shared/data, which is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """A bilingual tokenizer of at most 600 ids, trained on a few sentences."""
+    return train_bpe(TINY_TEXT, 600, at_most=True)
