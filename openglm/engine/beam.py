@@ -93,7 +93,7 @@ class BeamSearch:
             self.done = self._finished[-1][1] >= self._penalised(max(kept_scores), self._length)
 
     def last_step(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """(rows, tokens), each (n_beams,) int64: the rows to continue and their new tokens; filled up with the first."""
+        """(rows, tokens), each (n_beams,) int64: rows to continue and their tokens; spare ones repeat the first."""
         missing = self.n_beams - len(self._alive)
         rows = self._rows + self._rows[:1] * missing
         tokens = [answer[-1] for answer in self._alive] + [self._alive[0][-1]] * missing

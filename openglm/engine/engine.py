@@ -181,9 +181,7 @@ class Engine:
 
     def _hidden(self, ids: list[int]) -> Tensor:
         if len(ids) > self.config.max_seq_len:
-            raise ValueError(
-                f"{len(ids)} tokens are given but the context holds {self.config.max_seq_len}: give fewer"
-            )
+            raise ValueError(f"{len(ids)} tokens are given but the context holds {self.config.max_seq_len}: give fewer")
         layout = self._layout(ids)
         return self.model(self._batch(ids, layout))
 

@@ -60,7 +60,7 @@ def fill_blanks(
             assert isinstance(pieces[-1], list)
             pieces[-1].append(token)
     if not kinds:
-        raise ValueError("the text has no blank: put [MASK] where words are missing ([sMASK] a sentence, [gMASK] the rest)")
+        raise ValueError("the text has no blank: put [MASK] where words are missing (or [sMASK], [gMASK])")
     order = sorted(range(len(kinds)), key=lambda blank: kinds[blank] == gmask)
     filled: dict[int, FilledBlank] = {}
     for number, blank in enumerate(order):

@@ -1,0 +1,302 @@
+"""The verbs that look and change nothing: inspect, inspect prompt, data check, doctor.
+
+    python -m openglm inspect random:glm-4-9b
+    python -m openglm doctor
+
+Each verb has three parts: NAME_options adds its options, NAME_value computes what --json prints, NAME_print shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__: list[str] = []
+
+# What each optional package gives; none is needed for the bundled model.
+EXTRAS = {
+    "pyarrow": "reads .parquet (pip install 'openglm[data]')",
+    "datasets": "reads hub data sets by id (pip install 'openglm[data]')",
+    "tensorboard": "training curves for tensorboard: true (pip install 'openglm[tensorboard]')",
+}
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+# -------------------------------------------------------------------- inspect
+
+
+def inspect_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", nargs="?", help="checkpoint folder or random:PRESET (default: the bundled model)")
+    p.epilog = "`openglm inspect prompt MODEL MESSAGES.json` shows a conversation as the model sees it."
+
+
+def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
+    from openglm.chat import resolve
+    from openglm.model.checkpoint import CheckpointMeta, read_config
+    from openglm.model.cost import kv_bytes_per_token, n_parameters, parameters_by_part
+    from openglm.presets import PRESETS, parse_preset
+
+    source = resolve(o.model)
+    if isinstance(source, str):
+        config, meta = parse_preset(source.removeprefix("random:")), CheckpointMeta()
+        counts = parameters_by_part(config)
+        n_bytes, dtypes = {part: 4 * n for part, n in counts.items()}, ["F32"]
+    else:
+        config, meta = read_config(source)
+        n_bytes, dtypes = weight_bytes(source)
+    same = [name for name, known in PRESETS.items() if known == config]
+    return {
+        "model": str(source),
+        "preset": same[0] if same else None,
+        "parameters": n_parameters(config),
+        "parameters_by_part": parameters_by_part(config),
+        "precision": dtypes,
+        "weight_bytes": sum(n_bytes.values()),
+        "weight_bytes_by_part": n_bytes,
+        "context": config.max_seq_len,
+        "kv_bytes_per_token": kv_bytes_per_token(config, 4.0 if dtypes == ["F32"] else 2.0),
+        "config": config.to_dict(),
+        "tokenizer": meta.tokenizer,
+        "special_ids": meta.special_ids,
+        "stop_ids": list(meta.stop_ids),
+        "chat_format": meta.chat_format,
+        "generation": meta.generation,
+        "description": meta.description,
+    }
+
+
+def inspect_print(value: dict[str, Any]) -> None:
+    config = value["config"]
+    mask = "prefix (context before <sop> is seen in both directions)" if config["mask"] == "prefix" else "causal"
+    names = {i: name for name, i in value["special_ids"].items()}
+    rows = [
+        ("model", value["model"]),
+        ("shape", f"{value['preset'] or 'of its own'}: {config['n_layers']} layers, dim {config['dim']}, "
+                  f"{config['n_heads']} heads ({config['n_kv_heads']} of keys and values) of {config['head_dim']}, "
+                  f"mlp {config['ffn_dim']}, vocabulary {config['vocab_size']:,}"),
+        ("block", f"{config['norm']} norm{' (sandwich)' if config['sandwich'] else ''}, {config['residual']} residual, "
+                  f"{config['mlp']}, {config['rope']['axes']}-axis rope over {config['rope']['fraction']:g} of a head"),
+        ("mask", mask),
+        ("context", f"{value['context']:,} tokens, {_size(value['kv_bytes_per_token'])} of cache each"),
+        ("parameters", f"{value['parameters']:,}"),
+        ("precision", ", ".join(value["precision"])),
+        ("bytes", f"{_size(value['weight_bytes'])}: " + ", ".join(
+            f"{part} {_size(n)}" for part, n in value["weight_bytes_by_part"].items() if n)),
+        ("tokenizer", value["tokenizer"] or "none: takes token ids only"),
+        ("stop ids", " ".join(f"{i}={names.get(i, '?')}" for i in value["stop_ids"]) or "none"),
+        ("chat format", value["chat_format"] or "none: not tuned for chat"),
+        ("generation", json.dumps(value["generation"])),
+        ("trained", json.dumps(value["description"], ensure_ascii=False)),
+    ]  # fmt: skip
+    for name, text in rows:
+        print(f"{name:<12} {text}")
+
+
+def weight_bytes(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """(bytes by part, dtypes) of a checkpoint's tensors, from the file's header alone."""
+    path = folder / "model.safetensors"
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: fetch the checkpoint again") from None
+    except (struct.error, ValueError):
+        raise ValueError(f"{path} has a damaged header: fetch the checkpoint again") from None
+    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
+    dtypes: dict[str, int] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        n_bytes = entry["data_offsets"][1] - entry["data_offsets"][0]
+        parts[_part(name)] += n_bytes
+        dtypes[entry["dtype"]] = dtypes.get(entry["dtype"], 0) + n_bytes
+    return parts, sorted(dtypes, key=lambda d: -dtypes[d])
+
+
+def _part(name: str) -> str:
+    """Which part a tensor of ours belongs to."""
+    for mark, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("embed.", "embedding"), ("head.", "head")):
+        if mark in name:
+            return part
+    return "norm"
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
+
+
+# -------------------------------------------------------------------- inspect prompt
+
+
+def prompt_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", nargs="?", help="checkpoint folder (default: the bundled model)")
+    p.add_argument("messages", metavar="MESSAGES.json", help="a list of messages, or an object with messages and tools")
+
+
+def prompt_value(o: argparse.Namespace) -> dict[str, Any]:
+    from openglm.chat import resolve
+    from openglm.formats import get_format
+    from openglm.model.batch import prompt_layout
+    from openglm.model.checkpoint import read_config
+    from openglm.tokenizer import Tokenizer
+
+    messages, tools = _read_messages(Path(o.messages))
+    source = resolve(o.model)
+    if isinstance(source, str):
+        raise ValueError(f"{source} has no tokenizer: give a checkpoint folder")
+    config, meta = read_config(source)
+    if meta.tokenizer is None or meta.chat_format is None:
+        raise ValueError(f"{source} has no chat format: it was not tuned for chat")
+    tokenizer = Tokenizer.load(source)
+    rendered = get_format(meta.chat_format, tokenizer).render(messages, tools, messages[-1].role != "assistant")
+    layout = prompt_layout(rendered.ids, config, tokenizer.special_ids)
+    return {
+        "ids": list(rendered.ids),
+        "tokens": [tokenizer.decode([i], skip_special=False) for i in rendered.ids],
+        "special": [i in set(tokenizer.special_ids.values()) for i in rendered.ids],
+        "loss_mask": list(rendered.loss_mask),
+        "positions": layout.positions(0, len(rendered.ids)).tolist(),
+        "n_context": layout.n_context,
+        "chat_format": meta.chat_format,
+    }
+
+
+def _read_messages(path: Path) -> tuple[list[Any], list[Any]]:
+    from openglm.types import Message, ToolSpec
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    tools: Any = value.get("tools") or [] if isinstance(value, dict) else []
+    value = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value or not isinstance(tools, list):
+        raise ValueError(f"{path} must hold a list of messages, or an object with messages and tools")
+    return [Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(value)], [ToolSpec.from_dict(t) for t in tools]
+
+
+def prompt_print(value: dict[str, Any]) -> None:
+    paint = _painter()
+    print(f"{'#':>5} {'id':>7} {'position':>9} {'':8} token")
+    for i, (token_id, token, special, target) in enumerate(
+        zip(value["ids"], value["tokens"], value["special"], value["loss_mask"], strict=True)
+    ):
+        position = "/".join(str(row[i]) for row in value["positions"])
+        role = "target" if target else "context" if i < value["n_context"] else ""
+        text = token if special else repr(token)
+        colour = "35" if special else "32" if target else "36" if i < value["n_context"] else ""
+        print(f"{i:>5} {token_id:>7} {position:>9} {role:8} {paint(text, colour)}")
+    n_targets = sum(value["loss_mask"])
+    print(f"{len(value['ids'])} tokens, {n_targets} training targets, {value['n_context']} of two-way context, "
+          f"format {value['chat_format']}")  # fmt: skip
+
+
+def _painter() -> Any:
+    colours = (sys.stdout.isatty() and "NO_COLOR" not in os.environ) or "FORCE_COLOR" in os.environ
+    return lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colours and code else text
+
+
+# -------------------------------------------------------------------- doctor
+
+
+def doctor_options(p: argparse.ArgumentParser) -> None:
+    pass
+
+
+def doctor_value(o: argparse.Namespace) -> dict[str, Any]:
+    from openglm import __version__
+
+    return {
+        "openglm": __version__,
+        "python": sys.version.split()[0],
+        "torch": _torch_facts(),
+        "cpu": _cpu_facts(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
+        "bundled_model": _bundled_fact(),
+        "extras": {name: {"present": _present(name), "gives": gives} for name, gives in EXTRAS.items()},
+    }
+
+
+def doctor_print(value: dict[str, Any]) -> None:
+    torch, cpu = value["torch"], value["cpu"]
+    gpus = ", ".join(torch["gpus"]) or "no GPU"
+    rows = [
+        ("openglm", f"{value['openglm']}, Python {value['python']}"),
+        ("torch", f"{torch['version']}, {gpus}" if torch["version"] else "missing: pip install torch"),
+        ("cpu", f"{cpu['model']}, {cpu['cores']} cores, {torch['threads']} threads, {' '.join(cpu['features'])}"),
+        ("memory", _size(value["memory_bytes"])),
+        ("compiler", value["compiler"] or "none: a C++ compiler is needed for native kernels only"),
+        ("model", value["bundled_model"]),
+    ]
+    for name, entry in value["extras"].items():
+        rows.append((name, ("present" if entry["present"] else "absent ") + f"  {entry['gives']}"))
+    for name, text in rows:
+        print(f"{name:<12} {text}")
+
+
+def _present(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _torch_facts() -> dict[str, Any]:
+    try:
+        version = importlib.metadata.version("torch")
+        import torch
+    except (importlib.metadata.PackageNotFoundError, ImportError):
+        return {"version": None, "gpus": [], "threads": 0}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"version": version, "gpus": gpus, "threads": torch.get_num_threads()}
+
+
+def _cpu_facts() -> dict[str, Any]:
+    import platform
+
+    model, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, text = line.partition(":")
+            if key.strip() == "model name":
+                model = text.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(text.split())
+    except OSError:
+        pass  # not Linux: the name is all there is
+    return {"model": model, "cores": os.cpu_count(), "features": [f for f in CPU_FEATURES if f in flags]}
+
+
+def _bundled_fact() -> str:
+    try:
+        from openglm.chat import resolve
+        from openglm.model.checkpoint import verify_manifest
+
+        folder = Path(resolve(None))
+        verify_manifest(folder)
+        return "bundled model is intact"
+    except (ValueError, ImportError) as error:
+        return f"bundled model: {error}"
+
+
+# -------------------------------------------------------------------- data check
+
+
+def check_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("file", metavar="FILE", help='chat examples, one {"messages": [...]} a line')
+    p.add_argument("--model", required=True, metavar="M", help="checkpoint folder whose tokenizer and format to use")
+    p.add_argument("--limit", type=int, default=3, metavar="N", help="examples to show (default: 3)")
