@@ -26,7 +26,7 @@ from openglm.types import Event, Message, SamplingParams, ToolSpec
 if TYPE_CHECKING:
     import numpy as np
 
-    from openglm.formats import ChatFormat
+    from openglm.formats import ChatFormat, Parser
 
 __all__ = ["BUNDLED", "ChatModel", "FillResult", "Generated", "load", "resolve"]
 
@@ -200,10 +200,9 @@ class ChatModel:
             m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)
         ]
         specs = [t if isinstance(t, ToolSpec) else ToolSpec.from_dict(t) for t in tools or ()]
-        return self._events(chat_format, self._fitted(chat_format, parsed, specs, params), params)
+        return self._events(chat_format.parser(specs), self._fitted(chat_format, parsed, specs, params), params)
 
-    def _events(self, chat_format: ChatFormat, ids: list[int], params: SamplingParams) -> Iterator[Event]:
-        parser = chat_format.parser()
+    def _events(self, parser: Parser, ids: list[int], params: SamplingParams) -> Iterator[Event]:
         steps = self.engine.stream(ids, params)
 
         def events() -> Iterator[Event]:

@@ -34,3 +34,30 @@ def shared_data() -> Path:
 def tiny_tokenizer() -> Tokenizer:
     """A bilingual tokenizer of at most 600 ids, trained on a few sentences."""
     return train_bpe(TINY_TEXT, 600, at_most=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder as training writes it: a tiny random GLM with a prefix mask, two axes and a chat format."""
+    from openglm.config import GLMConfig, RopeConfig
+    from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
+    from openglm.model.init import init_weights
+    from openglm.model.transformer import Transformer
+
+    config = GLMConfig(
+        vocab_size=640, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, max_seq_len=128,
+        rope=RopeConfig(axes=2), mask="prefix", tie_embeddings=True,
+    )  # fmt: skip
+    special = tiny_tokenizer.special_ids
+    meta = CheckpointMeta(
+        special_ids=special,
+        stop_ids=tuple(special[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")),
+        chat_format="glm-4",
+        tokenizer=tiny_tokenizer.kind,
+        generation={"temperature": 0.9, "max_new_tokens": 24},
+        description={"objective": "random weights"},
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = init_weights(Transformer(config), seed=3, std=0.3)
+    save_checkpoint(folder, model, config, meta, tiny_tokenizer.files)
+    return folder

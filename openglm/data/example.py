@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from openglm.types import IGNORE
 
-__all__ = ["KINDS", "Example", "Rows", "chat_example", "collate"]
+__all__ = ["KINDS", "Example", "Rows", "causal_example", "chat_example", "collate"]
 
 KINDS = ("mask", "smask", "gmask", "lm", "sft")
 
@@ -91,6 +91,14 @@ def collate(rows: Sequence[Sequence[Example]], row_len: int, pad_id: int) -> Row
     return out
 
 
+def causal_example(window: NDArray[np.integer]) -> Example:
+    """Plain language modelling: input window[:-1], targets window[1:], positions 0, 1, ..., no special tokens."""
+    n = len(window) - 1
+    positions = np.broadcast_to(np.arange(n, dtype=np.int32), (2, n))
+    ids, targets = window[:-1].astype(np.int32), window[1:].astype(np.int32)
+    return Example(ids, targets, positions, np.zeros(n, np.bool_), "lm")
+
+
 def chat_example(
     ids: NDArray[np.int32], loss_mask: NDArray[np.bool_], n_context: int, frozen: bool, weight: float = 1.0
 ) -> Example:
@@ -99,7 +107,7 @@ def chat_example(
     ids, loss_mask: (N,); token i is a training target where loss_mask[i]. The input is ids[:-1].
     n_context: tokens before the first <sop> for prefix models, 0 for causal ones.
     frozen: positions stay at the last context token from <sop> on (two-axis models; see model/batch.py prompt_layout,
-    whose mask index is the [GMASK] right before <sop>).
+    whose mask index is the [gMASK] right before <sop>).
     """
     targets = np.where(loss_mask[1:], ids[1:], np.int32(IGNORE))
     index = np.arange(len(ids) - 1, dtype=np.int32)

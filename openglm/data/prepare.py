@@ -10,7 +10,6 @@ bytes as one that was not: batches are cut by the text alone, and shards end whe
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,23 @@ from typing import Any
 import numpy as np
 
 from openglm.data.encode import EncoderPool, n_cores
+from openglm.data.progress import (
+    DIGESTS,
+    MALFORMED_LISTED,
+    PROGRESS,
+    Counts,
+    Progress,
+    check_same,
+    locked,
+    open_progress,
+)
 from openglm.data.shards import (
     MANIFEST,
     VERSION,
-    Shard,
     ShardWriter,
     TokenDataset,
     disk_error,
     read_json,
-    shards_from_json,
     shards_to_json,
     token_dtype,
 )
@@ -42,28 +48,8 @@ from openglm.data.sources import RowReader, Source, expand_sources, report_probl
 from openglm.tokenizer import Tokenizer
 from openglm.tokenizer.tokenizer import write_file
 
-PROGRESS = "progress.json"  # where a run that has not ended stands
-DIGESTS = "digests.bin"  # 16 bytes for each document so far, to find duplicates after a restart
 BATCH_BYTES = 1 << 20  # text encoded at a time by one thread
 SHARD_TOKENS = 1 << 24
-MALFORMED_LISTED = 20  # per source, in the manifest
-
-
-@dataclass
-class Counts:
-    """What became of the rows of one source. listed: [line, reason] of the first malformed ones."""
-
-    rows: int = 0
-    documents: int = 0
-    duplicates: int = 0
-    empty: int = 0
-    malformed: int = 0
-    listed: list[list[Any]] = field(default_factory=list)
-
-    def add(self, other: Counts) -> None:
-        for name in ("rows", "documents", "duplicates", "empty", "malformed"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.listed = (self.listed + other.listed)[:MALFORMED_LISTED]
 
 
 @dataclass
@@ -77,31 +63,6 @@ class _Batch:
     source: int = 0
     row: int = 0
     bytes_read: int = 0  # of all files, for the progress bar
-
-
-@dataclass
-class _Progress:
-    """The committed state: everything that the finished shards hold, and where reading goes on."""
-
-    counts: list[Counts]
-    shards: list[Shard] = field(default_factory=list)
-    n_digests: int = 0
-    source: int = 0
-    row: int = 0
-
-    def to_json(self, settings: dict[str, Any]) -> bytes:
-        state = asdict(self) | {"shards": shards_to_json(self.shards), "settings": settings}
-        return json.dumps(state, ensure_ascii=False).encode()
-
-    @classmethod
-    def from_json(cls, state: dict[str, Any]) -> _Progress:
-        return cls(
-            counts=[Counts(**c) for c in state["counts"]],
-            shards=shards_from_json(state["shards"]),
-            n_digests=state["n_digests"],
-            source=state["source"],
-            row=state["row"],
-        )
 
 
 def train_tokenizer(
@@ -165,14 +126,14 @@ def prepare(
         "batch_bytes": BATCH_BYTES,
         "sources": [asdict(f) for f in files],
     }
-    with _locked(out):
+    with locked(out):
         if (out / MANIFEST).exists():
-            _check_same(settings, read_json(out / MANIFEST), out)
+            check_same(settings, read_json(out / MANIFEST), out)
             for name in (PROGRESS, DIGESTS):  # left by a run that was killed at its very end
                 (out / name).unlink(missing_ok=True)
             print(f"{out} is already prepared from these sources", file=sys.stderr)
             return TokenDataset(out)
-        progress = _open_progress(out, settings, len(files))
+        progress = open_progress(out, settings, len(files))
         run = _Run(out, tokenizer, files, settings, progress)
         run.go(workers or n_cores())
     return TokenDataset(out)
@@ -182,7 +143,7 @@ class _Run:
     """One run of `prepare`, from the committed state to the manifest."""
 
     def __init__(
-        self, out: Path, tokenizer: Tokenizer, files: list[Source], settings: dict[str, Any], progress: _Progress
+        self, out: Path, tokenizer: Tokenizer, files: list[Source], settings: dict[str, Any], progress: Progress
     ) -> None:
         self.out = out
         self.tokenizer = tokenizer
@@ -197,7 +158,8 @@ class _Run:
     def go(self, workers: int) -> None:
         from tqdm import tqdm
 
-        bar = tqdm(total=sum(f.size_bytes for f in self.files), desc="preparing", unit="B", unit_scale=True, disable=None)
+        n_bytes = sum(f.size_bytes for f in self.files)
+        bar = tqdm(total=n_bytes, desc="preparing", unit="B", unit_scale=True, disable=None)
         try:
             self._start()
             # Two batches in hand for each thread keep them busy and bound the memory.
@@ -363,53 +325,3 @@ def _check_usable(source: Source, counts: Counts) -> None:
             f"{source.path}: none of its {counts.rows} rows holds usable text "
             f"({counts.malformed} malformed, {counts.empty} empty){why}"
         )
-
-
-def _open_progress(out: Path, settings: dict[str, Any], n_sources: int) -> _Progress:
-    """The committed state in the folder, or the state of a new run."""
-    if (out / PROGRESS).exists():
-        state = read_json(out / PROGRESS)
-        _check_same(settings, state["settings"], out)
-        progress = _Progress.from_json(state)
-        print(f"continuing in {out} after {len(progress.shards)} finished shards", file=sys.stderr)
-        return progress
-    if any(p.suffix != ".tmp" for p in out.iterdir()):
-        raise ValueError(f"{out} holds other files; choose a new folder for --out")
-    return _Progress([Counts() for _ in range(n_sources)])
-
-
-def _check_same(settings: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
-    """ValueError unless the folder was made with the same tokenizer, sources and options."""
-
-    def names(s: dict[str, Any]) -> list[tuple[str, str]]:
-        return [(x["path"] if x["kind"] == "hub" else Path(x["path"]).name, x["digest"]) for x in s["sources"]]
-
-    for key, what in (
-        ("version", "another version of OpenGLM"),
-        ("tokenizer_fingerprint", "another tokenizer"),
-        ("field", f"--field {earlier.get('field')}"),
-        ("shard_tokens", f"shards of {earlier.get('shard_tokens')} tokens"),
-        ("batch_bytes", "another batch size"),
-    ):
-        if settings[key] != earlier.get(key):
-            raise ValueError(f"{out} was prepared with {what}; remove it or choose a new folder for --out")
-    if names(settings) != names(earlier):
-        raise ValueError(f"{out} was prepared from other sources; remove it or choose a new folder for --out")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold it, so that two runs cannot write into it at once."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise disk_error(out, error) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is preparing {out}; wait for it or choose a new folder") from error
-        yield
-    finally:
-        os.close(handle)

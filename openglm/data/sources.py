@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import parse_qs
 
-from openglm.data.streams import MAX_LINE_BYTES, open_lines, read_lines
+from openglm.data.lines import MAX_LINE_BYTES, open_lines, read_lines
 
 SUFFIXES = {
     ".txt": "text",

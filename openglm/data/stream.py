@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from openglm.data.example import Example, Rows, collate
+from openglm.data.example import Example, Rows, causal_example, collate
 from openglm.data.infill import InfillParams, SpecialIds, infill
 from openglm.data.pack import Key, Packer
 from openglm.types import IGNORE
@@ -151,11 +151,7 @@ class LMSource:
         return len(self.windows)
 
     def examples(self, epoch: int, unit: int) -> list[Example]:
-        window, _ = self.windows[unit]
-        n = len(window) - 1
-        positions = np.zeros((2, n), np.int32)
-        positions[:] = np.arange(n)
-        return [Example(window[:-1], window[1:], positions, np.zeros(n, np.bool_), "lm")]
+        return [causal_example(self.windows[unit][0])]
 
 
 class ExampleSource:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -181,9 +182,8 @@ class Tokenizer:
     @cached_property
     def _byte_ids(self) -> list[int]:
         """Id of each single byte."""
-        ids = [self._bpe.token_to_id(symbol_of_byte(b)) for b in range(256)]
-        assert None not in ids
-        return ids
+        vocab: dict[str, int] = self._bpe.get_vocab()
+        return [vocab[symbol_of_byte(b)] for b in range(256)]
 
 
 class Detokenizer:
@@ -206,8 +206,6 @@ class Detokenizer:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    import os
-
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
         f.write(content)
