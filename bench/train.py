@@ -277,7 +277,7 @@ def run_hf(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     config, c = train_config(args), shape()
-    hf_config = GlmConfig(
+    hf_config = GlmConfig(  # type: ignore[call-arg]
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, attention_bias=c.qkv_bias, pad_token_id=0,

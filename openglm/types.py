@@ -64,7 +64,9 @@ class Message:
             content = ""
         if not isinstance(content, str):
             raise ValueError(f"{where}.content must be text, not {type(content).__name__}")
-        calls = tuple(_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(value.get("tool_calls") or ()))
+        calls = tuple(
+            _tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(value.get("tool_calls") or ())
+        )
         if calls and role != "assistant":
             raise ValueError(f"{where}.tool_calls belongs to the assistant, not to {role}")
         return cls(role, content, calls, value.get("tool_call_id"))

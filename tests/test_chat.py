@@ -85,7 +85,7 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(model: ChatModel) -
 def test_fill_puts_every_answer_in_its_place(model: ChatModel) -> None:
     text = "The capital [MASK] France is [sMASK] of course [gMASK]"
     for options in ({}, {"temperature": 1.2, "seed": 3}, {"n_beams": 2}):
-        result = model.fill(text, max_new_tokens=6, **options)  # type: ignore[arg-type]
+        result = model.fill(text, max_new_tokens=6, **options)
         assert len(result.blanks) == len(result.candidates) == len(result.finish_reasons) == 3
         if "\ufffd" not in result.text:  # halves of characters may join across a blank's edge
             expected = text
@@ -97,7 +97,9 @@ def test_fill_puts_every_answer_in_its_place(model: ChatModel) -> None:
         assert all(c[i][1] >= c[i + 1][1] for c in result.candidates for i in range(len(c) - 1))
 
 
-def test_fill_gives_the_model_words_as_the_tokenizer_cuts_them(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fill_gives_the_model_words_as_the_tokenizer_cuts_them(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The space before a blank is not left alone in front of the mask, and the text keeps it whatever the answer."""
     seen: list[list[int]] = []
     whole = model.engine.generate
@@ -160,7 +162,9 @@ def test_old_turns_are_left_out_with_a_notice(model: ChatModel) -> None:
     fitting = [
         prompt
         for n in (0, 2, 4, 6)
-        if len(prompt := model.require_format().render([Message.from_dict(m) for m in [system, *messages[1 + n :]]]).ids)
+        if len(
+            prompt := model.require_format().render([Message.from_dict(m) for m in [system, *messages[1 + n :]]]).ids
+        )
         + 4
         <= 128
     ]

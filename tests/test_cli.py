@@ -364,7 +364,12 @@ def test_chat_in_a_terminal(tiny_checkpoint: Path, terminal: tuple[int, int]) ->
     leader, follower = terminal
     command = chat_command(tiny_checkpoint, "--max-new-tokens", "5", "--seed", "1")
     process = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, env={**os.environ, "TERM": "dumb"}
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        env={**os.environ, "TERM": "dumb"},
     )
     os.close(follower)
     with open(leader, "rb", buffering=0, closefd=False) as screen:

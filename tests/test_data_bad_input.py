@@ -54,7 +54,14 @@ def test_malformed_lines_are_counted_reported_and_skipped(
     assert counts["malformed"] == data.manifest["totals"]["malformed"] == 7 and counts["rows"] == 38
     assert [line for line, _ in counts["listed"]] == [31, 32, 33, 34, 35, 36, 37]
     reasons = " | ".join(reason for _, reason in counts["listed"])
-    for part in ("not JSON", "not UTF-8", "not a JSON object", "no field 'text' (has body)", "is int, not", "surrogate"):
+    for part in (
+        "not JSON",
+        "not UTF-8",
+        "not a JSON object",
+        "no field 'text' (has body)",
+        "is int, not",
+        "surrogate",
+    ):
         assert part in reasons
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
     assert len(shown) == 5 and shown[0].startswith(f"skipped {source}, line 31: not JSON")
@@ -73,9 +80,7 @@ def test_bad_lines_of_a_text_file(tokenizer_folder: Path, tmp_path: Path) -> Non
     assert data.manifest["sources"][0]["listed"] == [[3, "not UTF-8"]]
 
 
-def test_a_line_without_end_is_skipped(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_without_end_is_skipped(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lines", "sources"):
         monkeypatch.setattr(f"openglm.data.{name}.MAX_LINE_BYTES", 2000)
     assert MAX_LINE_BYTES > 1 << 20

@@ -20,7 +20,15 @@ from openglm.model.weights import FAMILIES, import_weights
 from openglm.types import SamplingParams
 
 SPECIALS = {"[MASK]": 40, "[gMASK]": 41, "[sMASK]": 42, "<sop>": 43, "<eop>": 44}
-SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "head_dim": 8, "ffn_dim": 48, "max_seq_len": 48, "vocab_size": 48}
+SHAPE: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "head_dim": 8,
+    "ffn_dim": 48,
+    "max_seq_len": 48,
+    "vocab_size": 48,
+}
 CONFIGS = {
     "causal": GLMConfig(**SHAPE, n_kv_heads=2, rope=RopeConfig(fraction=0.5)),
     "two-axes": GLMConfig(**SHAPE, n_kv_heads=2, rope=RopeConfig(axes=2), mask="prefix", tie_embeddings=True),

@@ -39,7 +39,12 @@ def full_run() -> list[dict[str, Any]]:
         *steps,
         {"event": "skip", "step": 10, "reason": "loss is not finite"},
         {"event": "eval", "step": 20, "tokens": 20000, "loss": 0.5, "losses": {"gmask": 0.6125, "mask": 0.4}},
-        {"event": "sample", "step": 20, "prompt": "Paris is the [MASK] of [MASK].", "fills": ["<b>capital</b>", "法国"]},
+        {
+            "event": "sample",
+            "step": 20,
+            "prompt": "Paris is the [MASK] of [MASK].",
+            "fills": ["<b>capital</b>", "法国"],
+        },
         {"event": "sample", "step": 20, "prompt": "Once [gMASK]", "text": "<script>alert(1)</script> & more"},
         {"event": "end", "step": 20, "finished": True, "time": 1e9 + 40},
     ]
@@ -106,8 +111,8 @@ def test_pauses_before_a_resume_are_not_wall_time(tmp_path: Path) -> None:
 
 def test_it_reads_what_the_run_log_writes(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    for number in (1, 2):
-        entry = step(number)
+    for index in (1, 2):
+        entry = step(index)
         log.write(entry.pop("event"), entry)
     log.close()
     assert len(plots(write_report(tmp_path).read_text(encoding="utf-8"))) == 7

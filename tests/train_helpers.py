@@ -28,7 +28,7 @@ SHAPE = GLMConfig(
 
 
 class CountingStream:
-    """Rows that repeat a pattern, a pure function of (seed, cursor); every third row has half its targets weighted 2."""
+    """Rows that repeat a pattern, a pure function of (seed, cursor); every third row has half its targets weighted 2."""  # noqa: E501
 
     def __init__(self, seed: int = 0, row_len: int = 24) -> None:
         self.seed, self.row_len, self.cursor = seed, row_len, 0
@@ -61,9 +61,9 @@ class PlainObjective:
 
     def loss(self, model: nn.Module, rows: TensorRows) -> ObjectiveLoss:
         hidden = model(rows.forward_batch(model.config)).flatten(0, 1)[rows.index]  # type: ignore[arg-type]
-        weight = model.head_weight()  # type: ignore[operator]
+        weight = model.head_weight()
         total, losses = linear_cross_entropy(hidden, weight, rows.targets, rows.weights)
-        metrics = {"loss_sum/lm": losses.sum(), "count/lm": float(len(losses))}
+        metrics: dict[str, Any] = {"loss_sum/lm": losses.sum(), "count/lm": float(len(losses))}
         return ObjectiveLoss(total, rows.weights.sum(), metrics)
 
 
@@ -80,9 +80,7 @@ def tiny_trainer(config: TrainConfig | None = None, sampler: Sampler | None = No
     """Trainer over CountingStream; its checkpoints go to config.run_dir."""
     config = config or tiny_config(tempfile.mkdtemp())
     model = init_weights(Transformer(SHAPE), seed, config.init)
-    store = CheckpointStore(
-        Path(config.run_dir) / "checkpoints", SHAPE, CheckpointMeta(), {}, config.keep_checkpoints
-    )
+    store = CheckpointStore(Path(config.run_dir) / "checkpoints", SHAPE, CheckpointMeta(), {}, config.keep_checkpoints)
     eval_stream = CountingStream(99) if config.eval_every else None
     return Trainer(
         config, model, PlainObjective(), CountingStream(), eval_stream, store, {"model": SHAPE.to_dict()}, sampler

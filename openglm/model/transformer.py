@@ -127,7 +127,7 @@ class Transformer(nn.Module):
             cache.advance(n_query)
         return self.norm(h)
 
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """(vocab_size, dim) output matrix: the head's own, or the embedding's when tied."""
         return self.embed.weight if self.head is None else self.head.weight
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in float32, which stays in the last-level cache of a CPU
+
+# Token counts are rounded up to this, so that a CPU meets a few shapes of matrix product and not a new one every
+# step: oneDNN compiles and keeps a kernel for each (about 4 MB), which looks like a leak of gigabytes.
+ROUND_TOKENS = 64
 
 
 def linear_cross_entropy(
@@ -50,6 +55,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             need_hidden, need_weight = ctx.needs_input_grad[:2]
+            n_tokens = hidden.shape[0]
+            if extra := -n_tokens % ROUND_TOKENS:  # tokens of weight 0
+                hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
+                weights = F.pad(weights, (0, extra))
             w = weight.to(dtype)
             losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -77,15 +86,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += grad.T @ h
             ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype, ctx.n_tokens = weight.dtype, n_tokens
+            total_loss, losses = (losses * weights).sum(), losses[:n_tokens]
             ctx.mark_non_differentiable(losses)
-            ctx.weight_dtype = weight.dtype
-            return (losses * weights).sum(), losses
+            return total_loss, losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grads[0]
+            grad_hidden = grad_hidden[: ctx.n_tokens] * grads[0]
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None

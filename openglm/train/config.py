@@ -19,7 +19,15 @@ from typing import Any, Literal
 from openglm.config import GLMConfig, from_dict, nearest
 from openglm.presets import preset
 
-__all__ = ["BatchWarmup", "OptimizerConfig", "ScheduleConfig", "SpikeConfig", "TrainConfig", "load_config", "model_config"]
+__all__ = [
+    "BatchWarmup",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "SpikeConfig",
+    "TrainConfig",
+    "load_config",
+    "model_config",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +138,22 @@ class TrainConfig:
         o, s, b = self.optimizer, self.schedule, self.batch_warmup
         need(o.lr > 0 and (o.muon_lr is None or o.muon_lr > 0), "optimizer.lr and optimizer.muon_lr must be above 0")
         need(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas must be in [0, 1)")
-        need(o.eps > 0 and o.weight_decay >= 0 and o.grad_clip >= 0, "optimizer: eps > 0, weight_decay and grad_clip >= 0")
+        need(
+            o.eps > 0 and o.weight_decay >= 0 and o.grad_clip >= 0,
+            "optimizer: eps > 0, weight_decay and grad_clip >= 0",
+        )
         need(s.warmup_steps is None or s.warmup_steps >= 0, "schedule.warmup_steps must be 0 or more")
         need(0 <= s.warmup_fraction < 1 and 0 <= s.min_lr_ratio <= 1, "schedule: fractions must be in [0, 1]")
         need(self.spike.window >= 8, "spike.window must be at least 8")
         if b is not None:
-            need(1 <= b.start_rows <= self.batch_rows and b.steps >= 1, "batch_warmup: 1 <= start_rows <= batch_rows, steps >= 1")
-        need(self.model is not None or self.init_from is not None, "give model (a preset or fields) or init_from (a checkpoint)")
+            need(
+                1 <= b.start_rows <= self.batch_rows and b.steps >= 1,
+                "batch_warmup: 1 <= start_rows <= batch_rows, steps >= 1",
+            )
+        need(
+            self.model is not None or self.init_from is not None,
+            "give model (a preset or fields) or init_from (a checkpoint)",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML-able values."""
@@ -238,7 +255,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in args:
             hint_text = nearest(str(value), [str(a) for a in args])
-            raise ValueError(f"run config: {where} must be one of {', '.join(map(str, args))}, not {value!r}{hint_text}")
+            raise ValueError(
+                f"run config: {where} must be one of {', '.join(map(str, args))}, not {value!r}{hint_text}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +88,10 @@ class _Tracker(TorchDispatchMode):
         weakref.finalize(storage, free).atexit = False
 
 
-def _trace(
-    config: TrainConfig, shape: GLMConfig, objective: Objective, n_targets: int, device: str
-) -> dict[str, int]:
+def _trace(config: TrainConfig, shape: GLMConfig, objective: Objective, n_targets: int, device: str) -> dict[str, int]:
     """Bytes alive at the worst moment of a step of `shape`, by phase."""
-    from openglm.train.trainer import AUTOCAST, prepare_model
     from openglm.train.optim import Optimizer
+    from openglm.train.trainer import AUTOCAST, prepare_model
 
     tracker = _Tracker()
     dtype = AUTOCAST[config.precision]
@@ -107,7 +104,9 @@ def _trace(
             tracker.phase = "data buffers"
             rows = _fake_rows(config, n_targets, device)
             tracker.phase = "activations"
-            handle = model.norm.register_forward_hook(lambda *_: setattr(tracker, "phase", "loss (one chunk of logits)"))
+            handle = model.norm.register_forward_hook(
+                lambda *_: setattr(tracker, "phase", "loss (one chunk of logits)")
+            )
             with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
                 result = objective.loss(model, rows)
             handle.remove()
@@ -138,7 +137,11 @@ def _fake_rows(config: TrainConfig, n_targets: int, device: str) -> TensorRows:
 
 
 def plan_memory(
-    config: TrainConfig, shape: GLMConfig, objective: Objective, n_targets: int, device: str = "cpu",
+    config: TrainConfig,
+    shape: GLMConfig,
+    objective: Objective,
+    n_targets: int,
+    device: str = "cpu",
     baseline: int = 0,
 ) -> MemoryPlan:
     """Memory of the run at its worst moment.

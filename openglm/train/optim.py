@@ -41,7 +41,11 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 def matrix_blocks(name: str, rows: int, config: GLMConfig) -> tuple[int, ...]:
     """Row counts of the matrices that are fused in a weight: [Q | K | V] and [gate | up]; else the one."""
     if name.endswith("attn.qkv.weight"):
-        return (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.n_kv_heads * config.head_dim)
+        return (
+            config.n_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+        )
     if name.endswith("mlp.up.weight") and config.mlp != "gelu":
         return (rows // 2, rows // 2)
     return (rows,)

@@ -1,8 +1,8 @@
 """From a run config to a trained model: builds the parts, resumes, trains, writes run_dir/model and report.html.
 
-    openglm train runs/tiny.yaml steps=50 --resume auto
+openglm train runs/tiny.yaml steps=50 --resume auto
 
-    run_dir/  run.yaml (resolved)  log.jsonl  checkpoints/  model/ (the result, an ordinary checkpoint)  report.html
+run_dir/  run.yaml (resolved)  log.jsonl  checkpoints/  model/ (the result, an ordinary checkpoint)  report.html
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(
 
 
 def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = None) -> RunResult:
-    """Train as `config` says. resume: "auto" (latest checkpoint of run_dir, if any), "never", or a checkpoint folder."""
+    """Train as `config` says. resume: "auto" (latest checkpoint of run_dir, if any), "never", or a checkpoint folder."""  # noqa: E501
     start = time.perf_counter()
     trainer = build(config, sampler)
     run_dir = Path(config.run_dir)
@@ -99,9 +99,7 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
         entry.build_stream(data, shape, tokenizer, config.row_len, config.seed, "val") if config.eval_every else None,
     ]
     model = _model(config, shape)
-    store = CheckpointStore(
-        Path(config.run_dir) / "checkpoints", shape, meta, tokenizer.files, config.keep_checkpoints
-    )
+    store = CheckpointStore(Path(config.run_dir) / "checkpoints", shape, meta, tokenizer.files, config.keep_checkpoints)
     identity = {
         "objective": config.objective,
         "model": shape.to_dict(),
@@ -214,7 +212,11 @@ def _write_yaml(path: Path, config: TrainConfig) -> None:
 def _save_result(trainer: Trainer, folder: Path) -> Path:
     """The trained weights as an ordinary checkpoint, with what they were trained on."""
     store = trainer.store
-    facts = {"tokens": trainer.tokens, "loss": trainer.last.loss if trainer.last else None, "held_out": trainer.last_eval}
+    facts = {
+        "tokens": trainer.tokens,
+        "loss": trainer.last.loss if trainer.last else None,
+        "held_out": trainer.last_eval,
+    }
     meta = replace(store.meta, description=store.meta.description | facts)
     save_checkpoint(folder, trainer.model.state_dict(), store.config, meta, store.tokenizer_files)
     return folder

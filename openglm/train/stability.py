@@ -106,7 +106,9 @@ class SpikeGuard:
         if factor <= 0 or len(history) < self.MIN_HISTORY:
             return None
         median = statistics.median(history)
-        return f"{name} {value:.4g} is over {factor:g} times its median {median:.4g}" if value > factor * median else None
+        return (
+            f"{name} {value:.4g} is over {factor:g} times its median {median:.4g}" if value > factor * median else None
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "norms": list(self.norms), "not_finite": self.not_finite}

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def prepare_model(model: Transformer, config: TrainConfig) -> None:
         if config.activation_checkpointing:
             from torch.utils.checkpoint import checkpoint
 
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Trainer:

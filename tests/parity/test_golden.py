@@ -118,7 +118,7 @@ def run_with_mask(model: Transformer, batch: ForwardBatch, visible: torch.Tensor
     import openglm.model.transformer as module
 
     original = module.visible
-    module.visible = lambda *a, **k: None if visible is None else visible[None, None]  # type: ignore[assignment]
+    module.visible = lambda *a, **k: None if visible is None else visible[None, None]
     try:
         return model.logits(model(batch))[0]
     finally:
