@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(work(*args.worker, args.folder, args.vocab_size)))
+        task, name = args.worker
+        print(json.dumps(work(task, name, args.folder, args.vocab_size)))
         return
     if not args.sources:
         corpus = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "corpus"
@@ -59,7 +60,7 @@ def main() -> None:
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Run everything in child processes, print the table and the JSON line."""
     n_bytes = write_slice(args.sources, folder / "slice.jsonl.zst", int(args.megabytes * 1e6))
-    work("train", "ours", folder, args.vocab_size, keep=True)  # the tokenizer that all other runs use
+    child(args, "set up", "ours", folder)  # the tokenizer that all other runs use
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {task: {name: [] for name in NAMES} for task in args.tasks}
     for repeat in range(args.repeats):
         for task in args.tasks:
@@ -123,20 +124,20 @@ def write_slice(sources: list[Path], target: Path, n_bytes: int) -> int:
 # One run -----------------------------------------------------------------------------------------------------------
 
 
-def work(task: str, name: str, folder: Path, vocab_size: int, keep: bool = False) -> dict[str, Any]:
+def work(task: str, name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
     """Do one task with one side. Seconds are without imports and, for encoding in memory, without reading."""
     import numpy as np  # noqa: F401  (so that neither side's clock sees its import)
     import tokenizers  # noqa: F401
 
     import openglm.data.prepare  # noqa: F401
 
-    side = {"ours": OURS, "plain": PLAIN}[name][task]
+    side = {"ours": OURS, "plain": PLAIN}[name]["train" if task == "set up" else task]
     prepared: Any = None
     if task == "encode":
         prepared = [json.loads(line)["text"] for line in plain_lines(folder / "slice.jsonl.zst")]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         start = time.perf_counter()
-        n_tokens = side(folder, folder if keep else Path(scratch), vocab_size, prepared)
+        n_tokens = side(folder, folder if task == "set up" else Path(scratch), vocab_size, prepared)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "n_tokens": n_tokens, "peak_rss_bytes": peak}

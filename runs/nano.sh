@@ -15,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 mkdir -p out/nano
 [ -f out/nano/tokenizer/tokenizer.json ] ||
-    openglm tokenizer train "$CORPUS"/train-*.jsonl.zst --vocab-size 16384 --sample-bytes 8000000 --out out/nano/tokenizer
+    openglm tokenizer train "$CORPUS"/train-*.jsonl.zst --vocab-size 16384 --sample-bytes 10000000 --out out/nano/tokenizer
 openglm data prepare "$CORPUS"/train-*.jsonl.zst --tokenizer out/nano/tokenizer --out out/nano/shards-train
 for lang in en zh; do
     openglm data prepare "$CORPUS/val-$lang.jsonl.zst" --tokenizer out/nano/tokenizer --out "out/nano/shards-val-$lang"

@@ -26,6 +26,7 @@ from openglm.tokenizer import Tokenizer
 from openglm.train.config import TrainConfig, load_config, model_config
 from openglm.train.objectives import OBJECTIVES
 from openglm.train.progress import RunLog, rewind_log
+from openglm.train.report import write_report
 from openglm.train.state import CheckpointStore, Loaded, read
 from openglm.train.trainer import Sampler, Trainer
 
@@ -77,6 +78,7 @@ def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = Non
     finally:
         trainer.store.wait()
         log.close()
+    write_report(run_dir)
     model_dir = _save_result(trainer, run_dir / "model") if finished else None
     return RunResult(
         run_dir, model_dir, finished, trainer.step, trainer.tokens,
