@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--micro-rows", type=int, default=8, help="rows of one forward pass")
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of one optimizer step")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile in both")
     parser.add_argument("--workers", type=int, default=0, help="data-loader processes of transformers")
     parser.add_argument("--worker", choices=("prepare", *NAMES), help=argparse.SUPPRESS)
@@ -83,7 +84,7 @@ def compare(args: argparse.Namespace) -> None:
 def child(args: argparse.Namespace, worker: str, folder: str) -> dict[str, Any]:
     """JSON from the last line of this script run as `worker`; its progress passes through to stderr."""
     command = [sys.executable, __file__, "--worker", worker, "--folder", folder]
-    for key in ("steps", "row_len", "micro_rows", "batch_rows", "threads", "workers"):
+    for key in ("steps", "row_len", "micro_rows", "batch_rows", "threads", "workers", "precision"):
         command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
     command += ["--compile"] if args.compile else []
     root = str(Path(__file__).resolve().parent.parent)
@@ -101,7 +102,8 @@ def summary(
     """Medians over the repeats, and the figures that the two are compared by."""
     tokens = args.batch_rows * args.row_len
     result: dict[str, Any] = {"bench": "train", **facts, "steps": args.steps, "batch_tokens": tokens,
-                              "threads": args.threads, "compile": args.compile}  # fmt: skip
+                              "threads": args.threads, "precision": args.precision,
+                              "compile": args.compile}  # fmt: skip
     for name, repeats in runs.items():
         rates = [tokens / statistics.median(run["step_seconds"]) for run in repeats]
         last = repeats[-1]
@@ -124,7 +126,7 @@ def summary(
 
 def print_table(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     print(f"{result['parameters'] / 1e6:.1f}M parameters, {result['batch_tokens']} tokens a step in rows of "
-          f"{args.row_len}, {result['steps']} steps, {result['threads']} threads, bf16"
+          f"{args.row_len}, {result['steps']} steps, {result['threads']} threads, {args.precision}"
           f"{', compiled' if args.compile else ''}; medians of {args.repeats} runs")  # fmt: skip
     print(f"{'':14}{'tokens/s':>10}{'loss at end':>13}{'peak memory':>13}{'before step 1':>15}")
     for name in NAMES.values():
@@ -186,8 +188,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
             "objective": "lm", "model": SHAPE, "run_dir": str(args.folder / "run"), "steps": args.steps,
             "row_len": args.row_len, "micro_batch_rows": args.micro_rows, "batch_rows": args.batch_rows,
             "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0},
-            "schedule": {"warmup_steps": max(1, args.steps // 10)}, "precision": "bf16", "compile": args.compile,
-            "threads": args.threads, "device": "cpu",
+            "schedule": {"warmup_steps": max(1, args.steps // 10)}, "precision": args.precision,
+            "compile": args.compile, "threads": args.threads, "device": "cpu",
         }
     )  # fmt: skip
 
@@ -232,6 +234,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     from openglm.model.checkpoint import CheckpointMeta
     from openglm.model.transformer import Transformer
     from openglm.model.weights import FAMILIES, import_weights
+    from openglm.train.memory import keep_freed_memory, measure_baseline, plan_memory
     from openglm.train.objectives import OBJECTIVES
     from openglm.train.progress import RunLog
     from openglm.train.state import CheckpointStore
@@ -239,13 +242,18 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     config = train_config(args)
+    baseline = measure_baseline(config, shape(), OBJECTIVES["lm"].build_objective(), "cpu")
     model = Transformer(shape())
     with safe_open(args.folder / "weights.safetensors", "pt") as file:
         model.load_state_dict(dict(import_weights(FAMILIES["hf-glm"], model.config, file.get_tensor)))
     run_dir = Path(tempfile.mkdtemp(dir=args.folder))
     store = CheckpointStore(run_dir / "checkpoints", model.config, CheckpointMeta(), {}, keep=1)
     stream = RowsInOrder(np.load(args.folder / "rows.npy", mmap_mode="r"))
-    trainer = Trainer(config, model, OBJECTIVES["lm"].build_objective(), stream, None, store, {})
+    objective = OBJECTIVES["lm"].build_objective()
+    keep_freed_memory()
+    n_targets = args.micro_rows * (args.row_len - 1)
+    plan = plan_memory(config, model.config, objective, n_targets, "cpu", baseline)
+    trainer = Trainer(config, model, objective, stream, None, store, {})
     before = peak_rss_bytes()
     log = RunLog(run_dir)
     trainer.train(log)
@@ -258,6 +266,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": np.diff(ends)[WARM_UP_STEPS - 1 :].tolist(),
         "losses": [event["loss"] for event in steps],
         "skipped": sum(event["skipped"] for event in steps),
+        "planned_bytes": plan.device_bytes + plan.host_bytes,
         "rss_before_bytes": before,
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -304,7 +313,7 @@ def run_hf(args: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(args.folder / "hf"), max_steps=args.steps, per_device_train_batch_size=args.micro_rows,
         gradient_accumulation_steps=args.batch_rows // args.micro_rows, learning_rate=o.lr, adam_beta1=o.betas[0],
         adam_beta2=o.betas[1], adam_epsilon=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.grad_clip,
-        optim="adamw_torch_fused", bf16=True, use_cpu=True, torch_compile=args.compile,
+        optim="adamw_torch_fused", bf16=args.precision == "bf16", use_cpu=True, torch_compile=args.compile,
         train_sampling_strategy="sequential", dataloader_num_workers=args.workers, dataloader_pin_memory=False,
         remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False, report_to="none",
         disable_tqdm=True, save_strategy="no",

@@ -190,7 +190,7 @@ def _train_options(p: Parser) -> None:
 
 
 def _train(o: argparse.Namespace) -> int:
-    from openglm.train.run import main as train
+    from openglm.cli_train import train
 
     result = train(o.config, o.overrides, o.resume)
     if o.json:
@@ -205,7 +205,7 @@ def _train(o: argparse.Namespace) -> int:
 
 def _prepare_options(p: Parser) -> None:
     p.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCES)
-    p.add_argument("--tokenizer", required=True, metavar="T", help="tokenizer folder")
+    p.add_argument("--tokenizer", metavar="T", help="tokenizer folder (default: the bundled model's)")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of token shards to write or continue")
     p.add_argument("--field", default="text", help=FIELD)
     p.add_argument("--workers", type=int, metavar="N", help="encoding threads (default: all cores)")
@@ -215,7 +215,12 @@ def _prepare_options(p: Parser) -> None:
 def _prepare(o: argparse.Namespace) -> int:
     from openglm.data.prepare import prepare
 
-    data = prepare(o.sources, o.tokenizer, o.out, workers=o.workers, field=o.field)
+    tokenizer = o.tokenizer
+    if tokenizer is None:
+        from openglm.chat import resolve
+
+        tokenizer = resolve(None)
+    data = prepare(o.sources, tokenizer, o.out, workers=o.workers, field=o.field)
     if o.json:
         print_json({"out": o.out, "documents": data.n_documents, "tokens": data.n_tokens})
     else:
@@ -273,7 +278,7 @@ COMMANDS: dict[str, Command] = {
     "perplexity": Command("measure how well a model predicts a text", _perplexity_options, _perplexity),
     "train": Command("train as a run config says", _train_options, _train),
     "data prepare": Command("turn text into token shards", _prepare_options, _prepare),
-    "data check": Command("show chat examples as the model is trained on them", *_inspect_lazy("check")),
+    "data check": Command("show examples as the model is trained on them", *_inspect_lazy("check")),
     "tokenizer train": Command("train a tokenizer", _tokenizer_options, _tokenizer_train),
     "inspect": Command("show what a model is, without loading its weights", *_inspect_lazy("inspect")),
     "inspect prompt": Command("show a conversation as the model sees it", *_inspect_lazy("prompt")),

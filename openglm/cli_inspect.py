@@ -240,7 +240,8 @@ def doctor_print(value: dict[str, Any]) -> None:
     rows = [
         ("openglm", f"{value['openglm']}, Python {value['python']}"),
         ("torch", f"{torch['version']}, {gpus}" if torch["version"] else "missing: pip install torch"),
-        ("cpu", f"{cpu['model']}, {cpu['cores']} cores, {torch['threads']} threads, {' '.join(cpu['features'])}"),
+        ("cpu", ", ".join([cpu["model"], _count(cpu["cores"], "core"), _count(torch["threads"], "thread"),
+                           " ".join(cpu["features"])])),
         ("memory", _size(value["memory_bytes"])),
         ("compiler", value["compiler"] or "none: a C++ compiler is needed for native kernels only"),
         ("model", value["bundled_model"]),
@@ -249,6 +250,10 @@ def doctor_print(value: dict[str, Any]) -> None:
         rows.append((name, ("present" if entry["present"] else "absent ") + f"  {entry['gives']}"))
     for name, text in rows:
         print(f"{name:<12} {text}")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _present(package: str) -> bool:
@@ -297,6 +302,28 @@ def _bundled_fact() -> str:
 
 
 def check_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("file", metavar="FILE", help='chat examples, one {"messages": [...]} a line')
-    p.add_argument("--model", required=True, metavar="M", help="checkpoint folder whose tokenizer and format to use")
+    p.add_argument("file", metavar="FILE", help="chat examples, text, or a folder of token shards")
+    p.add_argument("--model", metavar="M", help="checkpoint that it is for (default: the bundled model)")
     p.add_argument("--limit", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+
+
+def check_value(o: argparse.Namespace) -> dict[str, Any]:
+    from openglm.chat import resolve
+    from openglm.data.check import collect
+    from openglm.formats import get_format
+    from openglm.model.checkpoint import read_config
+    from openglm.tokenizer import Tokenizer
+
+    source = resolve(o.model)
+    if isinstance(source, str):
+        raise ValueError(f"{source} has no tokenizer: give a checkpoint folder")
+    config, meta = read_config(source)
+    tokenizer = Tokenizer.load(source)
+    chat_format = get_format(meta.chat_format, tokenizer) if meta.chat_format else None
+    return collect(o.file, tokenizer, chat_format, config, o.limit)
+
+
+def check_print(value: dict[str, Any]) -> None:
+    from openglm.data.check import show
+
+    show(value)

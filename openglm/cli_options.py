@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and name not in known and " " not in name:
                 self.error(f"unknown option {name}{nearest(name, known)}")
-        options, unknown = self.parse_known_args(argv)
+        options, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return options

@@ -1,6 +1,6 @@
 """Store a trained model small: weights in bfloat16, sampling defaults in its config.
 
-    python runs/nano_pack.py out/nano/sft/model out/nano/model
+    python runs/nano_pack.py out/nano/chat/model out/nano/model
 """
 
 from __future__ import annotations

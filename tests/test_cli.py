@@ -1,20 +1,13 @@
-"""The command line: verbs and options frozen, exit codes and one-line errors, JSON keys, a chat session with Ctrl-C."""
+"""The command line: verbs and options frozen, exit codes and one-line errors, JSON keys."""
 
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -255,133 +248,55 @@ def test_inspect_prompt(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeyp
     assert "messages[0].role" in cli("inspect", "prompt", tiny_checkpoint, path)[2]
 
 
+def test_data_check(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+    path.write_text((json.dumps(row) + "\n") * 5)
+    code, out, err = cli("data", "check", path, "--model", tiny_checkpoint, "--limit", 2)
+    assert code == 0 and out.count("(sft)") == 2 and "<|assistant|>" in out
+    value = last_json(cli("data", "check", path, "--model", tiny_checkpoint, "--json")[1])
+    assert value["type"] == "chat" and len(value["examples"]) == 3  # type: ignore[arg-type]
+    path.write_text("{}\n")
+    assert cli("data", "check", path, "--model", tiny_checkpoint)[0] == 2
+    assert "no tokenizer" in cli("data", "check", path, "--model", "random:glm-nano")[2]
+
+
+# -------------------------------------------------------------------- from text to a model
+
+
+def test_text_to_tokenizer_to_shards_to_model(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job through the command line alone: train a tokenizer and a model, fill a blank with it."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"The {a} fox sees {b} dogs in the {c}. 北京有{b}只狗。" for a in ("red", "old", "shy", "big")
+             for b in range(2, 9) for c in ("wood", "city", "park", "field")]  # fmt: skip
+    Path("text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    code, out, err = cli("tokenizer", "train", "text.txt", "--vocab-size", 300, "--out", "tok", "--json")
+    assert code == 0 and last_json(out)["vocab_size"] == 300, err
+    code, out, err = cli("data", "prepare", "text.txt", "--tokenizer", "tok", "--out", "shards", "--json")
+    assert code == 0 and last_json(out)["tokens"] > 0, err
+    Path("run.yaml").write_text(
+        "objective: infill\n"
+        "model: {preset: glm-nano, vocab_size: 300, dim: 32, n_layers: 1, n_heads: 2, n_kv_heads: 1, head_dim: 16,"
+        " ffn_dim: 32, max_seq_len: 64}\n"
+        "tokenizer: tok\nrun_dir: out\nsteps: 4\nrow_len: 64\nmicro_batch_rows: 2\nbatch_rows: 2\n"
+        "data: {train: [shards]}\nprecision: fp32\nsample_every: 2\n"
+    )
+    code, out, err = cli("train", "run.yaml", "optimizer.lr=1e-3", "--json")
+    assert code == 0, err
+    value = last_json(out)
+    assert value["finished"] is True and value["step"] == 4 and value["model_dir"] == "out/model"
+    events = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    drawn = [e for e in events if e["event"] == "sample"]
+    assert {e["step"] for e in drawn} == {2, 4} and all("fills" in e for e in drawn)
+    code, out, err = cli("fill", "out/model", "--prompt", "The [MASK] fox", "--max-new-tokens", 4, "--json")
+    assert code == 0 and len(last_json(out)["blanks"]) == 1, err  # type: ignore[arg-type]
+    code, _, err = cli("train", "run.yaml", "optimizer.lrr=1")
+    assert code == 2 and "did you mean 'lr'" in err
+
+
 def test_doctor(cli: Cli) -> None:
     code, out, _ = cli("doctor", "--json")
     value = last_json(out)
     assert code == 0
     assert {"python", "torch", "cpu", "memory_bytes", "compiler", "bundled_model", "extras"} <= set(value)
     assert "memory" in cli("doctor")[1]
-
-
-# -------------------------------------------------------------------- a conversation
-
-
-def chat_command(model: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "openglm", "chat", str(model), "--device", "cpu", "--threads", "1", *options]
-
-
-def test_chat_over_a_pipe(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "talk.json"
-    lines = ["/system Be brief.", "Hello!", "", "And now?", f"/save {saved}", "/sav", "/help", "/clear",
-             f"/save {tmp_path}/empty.json", f"/save {tmp_path}/no/x.json", "/quit", "never read"]  # fmt: skip
-    done = subprocess.run(
-        chat_command(tiny_checkpoint, "--max-new-tokens", "8", "--seed", "1"),
-        input="\n".join(lines), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    talk = json.loads(saved.read_text())
-    assert [m["role"] for m in talk] == ["system", "user", "assistant", "user", "assistant"]
-    assert talk[0]["content"] == "Be brief." and talk[1]["content"] == "Hello!"
-    expected = openglm.load(tiny_checkpoint, device="cpu").chat(talk[:2], max_new_tokens=8, seed=1)
-    assert talk[2]["content"] == expected.content, "the answer is the model's, given the conversation"
-    assert json.loads((tmp_path / "empty.json").read_text()) == talk[:1]
-    assert "unknown command /sav (did you mean '/save'?)" in done.stderr and "cannot write" in done.stderr
-    assert "/system TEXT" in done.stdout and "you>" not in done.stdout
-
-
-def test_chat_ends_with_its_input_and_survives_a_message_too_long(tiny_checkpoint: Path) -> None:
-    text = b"1234567 people \xff" * 60 + b"\nHello!\n"
-    done = subprocess.run(
-        chat_command(tiny_checkpoint, "--max-new-tokens", "4"), input=text, capture_output=True, timeout=120
-    )
-    assert done.returncode == 0
-    assert b"context holds 128" in done.stderr and b"Traceback" not in done.stderr
-
-
-@pytest.fixture
-def endless_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A model that never stops by itself for a long while: a wide context and no stop ids drawn at temperature 0."""
-    import dataclasses
-
-    from openglm.model.checkpoint import load_checkpoint, save_checkpoint
-
-    model, meta = load_checkpoint(tiny_checkpoint)
-    config = dataclasses.replace(model.config, max_seq_len=200_000)
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    state["embed.weight"][list(meta.special_ids.values())] *= 0.0  # a special's logit is 0, some other is above it
-    files = {p.name: p.read_bytes() for p in tiny_checkpoint.glob("tokenizer*")}
-    save_checkpoint(tmp_path / "endless", state, config, meta, files)
-    return tmp_path / "endless"
-
-
-def read_until(
-    stream: IO[bytes], enough: Callable[[bytes], bool], again: Callable[[], None] = lambda: None, seconds: float = 120.0
-) -> bytes:
-    """Read until `enough`; `again` is called whenever nothing came for half a second."""
-    seen, until = b"", time.monotonic() + seconds
-    while not enough(seen):
-        assert time.monotonic() < until, f"gave up waiting; so far: {seen[-300:]!r}"
-        if not select.select([stream], [], [], 0.5)[0]:
-            again()
-            continue
-        piece = os.read(stream.fileno(), 4096)
-        assert piece, f"the program ended: {seen[-300:]!r}"
-        seen += piece
-    return seen
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_program(endless_checkpoint: Path, tmp_path: Path) -> None:
-    command = chat_command(endless_checkpoint, "--temperature", "0", "--max-new-tokens", "100000")
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        assert process.stdin and process.stdout and process.stderr
-        for _ in range(2):
-            process.stdin.write(b"Go on for ever\n")
-            process.stdin.flush()
-            read_until(process.stdout, lambda seen: len(seen) > 20)
-            process.send_signal(signal.SIGINT)
-            read_until(process.stderr, lambda seen: b"openglm: stopped\n" in seen)
-        process.stdin.write(f"/save {tmp_path}/talk.json\n/quit\n".encode())
-        process.stdin.flush()
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    talk = json.loads((tmp_path / "talk.json").read_text())
-    assert [m["role"] for m in talk] == ["user", "assistant"] * 2
-    assert len(talk[1]["content"]) > 5, "what was said stays in the conversation"
-
-
-@pytest.fixture
-def terminal() -> Iterator[tuple[int, int]]:
-    leader, follower = pty.openpty()
-    yield leader, follower
-    os.close(leader)
-
-
-def test_chat_in_a_terminal(tiny_checkpoint: Path, terminal: tuple[int, int]) -> None:
-    """Prompts, Ctrl-C at the prompt, Ctrl-D."""
-    leader, follower = terminal
-    command = chat_command(tiny_checkpoint, "--max-new-tokens", "5", "--seed", "1")
-    process = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        start_new_session=True,
-        env={**os.environ, "TERM": "dumb"},
-    )
-    os.close(follower)
-    with open(leader, "rb", buffering=0, closefd=False) as screen:
-        try:
-            read_until(screen, lambda seen: b"you> " in seen)
-            os.write(leader, b"Hello\n")
-            read_until(screen, lambda seen: b"glm> " in seen and seen.endswith(b"you> "))
-            # A signal that comes just before the line editor waits is seen with the next key or signal only.
-            interrupt = partial(process.send_signal, signal.SIGINT)
-            interrupt()
-            read_until(screen, lambda seen: b"Ctrl-D leaves" in seen and seen.endswith(b"you> "), interrupt)
-            os.write(leader, b"\x04")
-            assert process.wait(timeout=60) == 0
-        finally:
-            process.kill()

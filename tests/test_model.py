@@ -156,7 +156,8 @@ def test_deepnorm_initialisation() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"n_kv_heads": 3}, "multiple of n_kv_heads"), ({"norm": "batch"}, "norm must be one of"),
-     ({"dim": 0}, "positive integer"), ({"residual_alpha": 2.0}, "DeepNorm"), ({"n_layer": 2}, "did you mean 'n_layers'"),  # noqa: E501
+     ({"dim": 0}, "positive integer"), ({"residual_alpha": 2.0}, "DeepNorm"),
+     ({"n_layer": 2}, "did you mean 'n_layers'"),
      ({"rope": {"axes": 2}}, "mask='prefix'"), ({"rope": {"thta": 2}}, "did you mean 'theta'")],
 )  # fmt: skip
 def test_bad_configs(values: dict[str, object], message: str) -> None:

@@ -28,7 +28,7 @@ SHAPE = GLMConfig(
 
 
 class CountingStream:
-    """Rows that repeat a pattern, a pure function of (seed, cursor); every third row has half its targets weighted 2."""  # noqa: E501
+    """Rows of a repeated pattern, a pure function of (seed, cursor); in every third, half the targets weigh 2."""
 
     def __init__(self, seed: int = 0, row_len: int = 24) -> None:
         self.seed, self.row_len, self.cursor = seed, row_len, 0

@@ -82,11 +82,11 @@ class TrainConfig:
     """One run.
 
     model: a preset's name, or a mapping of GLMConfig fields, `preset` among them if wanted; null with `init_from`.
-    init_from: checkpoint folder whose weights and shape start the run. tokenizer: folder; null: the data's or
-    init_from's. data: what the objective reads (see train/objectives). micro_batch_rows: rows of one forward pass;
-    batch_rows: rows of one optimizer step. loss_chunk: targets whose logits exist at once. sample_every, eval_every,
-    checkpoint_every: steps, 0 = never. embedding_grad_shrink: GLM-130B's alpha, 1 = off. threads: CPU threads,
-    0 = all. device auto: cuda where present.
+    init_from: checkpoint folder whose weights and shape start the run. tokenizer: folder; null: that of init_from or
+    of the first folder of token shards. data: what the objective reads (see train/objectives). micro_batch_rows: rows
+    of one forward pass; batch_rows: rows of one optimizer step. loss_chunk: targets whose logits exist at once, 0 =
+    about 4M logits. sample_every, eval_every, checkpoint_every: steps, 0 = never. embedding_grad_shrink: GLM-130B's
+    alpha, 1 = off. threads: CPU threads, 0 = all. device auto: cuda where present.
     """
 
     objective: Literal["infill", "lm", "sft"]
@@ -109,7 +109,7 @@ class TrainConfig:
     init: Literal["standard", "deepnorm"] = "standard"
     embedding_grad_shrink: float = 1.0
     activation_checkpointing: bool = False
-    loss_chunk: int = 1024
+    loss_chunk: int = 0
     log_every: int = 10
     eval_every: int = 0
     eval_rows: int = 64
@@ -125,9 +125,9 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"run config: {message}")
 
-        for name in ("steps", "row_len", "micro_batch_rows", "batch_rows", "loss_chunk", "log_every", "eval_rows"):
+        for name in ("steps", "row_len", "micro_batch_rows", "batch_rows", "log_every", "eval_rows"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("eval_every", "sample_every", "checkpoint_every", "threads", "seed"):
+        for name in ("eval_every", "sample_every", "checkpoint_every", "threads", "seed", "loss_chunk"):
             need(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
         need(self.keep_checkpoints >= 1, "keep_checkpoints must be at least 1")
         need(

@@ -24,11 +24,13 @@ from openglm.model.init import init_weights
 from openglm.model.transformer import Transformer
 from openglm.tokenizer import Tokenizer
 from openglm.train.config import TrainConfig, load_config, model_config
-from openglm.train.objectives import OBJECTIVES
+from openglm.train.memory import available_bytes, check_memory, keep_freed_memory, measure_baseline, plan_memory
+from openglm.train.objectives import OBJECTIVES, Objective
 from openglm.train.progress import RunLog, rewind_log
 from openglm.train.report import write_report
 from openglm.train.state import CheckpointStore, Loaded, read
 from openglm.train.trainer import Sampler, Trainer
+from openglm.types import IGNORE
 
 __all__ = ["RunResult", "build", "main", "run"]
 
@@ -57,7 +59,10 @@ def main(
 
 
 def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = None) -> RunResult:
-    """Train as `config` says. resume: "auto" (latest checkpoint of run_dir, if any), "never", or a checkpoint folder."""  # noqa: E501
+    """Train as `config` says.
+
+    resume: "auto" (latest checkpoint of run_dir, if any), "never", or a checkpoint folder.
+    """
     start = time.perf_counter()
     trainer = build(config, sampler)
     run_dir = Path(config.run_dir)
@@ -88,10 +93,11 @@ def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = Non
 
 
 def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
-    """Trainer at step 0, everything checked against everything."""
+    """Trainer at step 0, everything checked against everything, the memory plan on stderr."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    keep_freed_memory()
     tokenizer = _load_tokenizer(config)
     entry = OBJECTIVES[config.objective]
     data = entry.parse_data(config.data)
@@ -100,7 +106,11 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
         entry.build_stream(data, shape, tokenizer, config.row_len, config.seed, "train"),
         entry.build_stream(data, shape, tokenizer, config.row_len, config.seed, "val") if config.eval_every else None,
     ]
-    model = _model(config, shape)
+    assert streams[0] is not None
+    objective = entry.build_objective(chunk=config.loss_chunk or None)
+    device = _device(config)
+    _plan(config, shape, objective, streams[0], device)
+    model = _model(config, shape, device)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", shape, meta, tokenizer.files, config.keep_checkpoints)
     identity = {
         "objective": config.objective,
@@ -109,12 +119,27 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
         "seed": config.seed,
         "row_len": config.row_len,
     }
-    assert streams[0] is not None
-    return Trainer(config, model, entry.build_objective(), streams[0], streams[1], store, identity, sampler)
+    return Trainer(config, model, objective, streams[0], streams[1], store, identity, sampler)
+
+
+def _plan(config: TrainConfig, shape: GLMConfig, objective: Objective, stream: RowStream, device: str) -> None:
+    """Print what the run will hold, part by part; ValueError with advice when that is more than there is."""
+    before = stream.state_dict()
+    batches = [stream.next_rows(config.micro_batch_rows) for _ in range(8)]
+    stream.load_state_dict(before)
+    n_targets = max(int((rows.targets != IGNORE).sum()) for rows in batches)
+    baseline = measure_baseline(config, shape, objective, device)
+    plan = plan_memory(config, shape, objective, n_targets, device, baseline)
+    print("\n".join([f"memory of a step ({config.precision}, {n_targets:,} targets):", *plan.lines()]), file=sys.stderr)
+    check_memory(plan, config, device, available_bytes(device))
 
 
 def _load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The named one, else that of the starting checkpoint, else that of the first folder of token shards."""
     folder = config.tokenizer or config.init_from
+    train = config.data.get("train")
+    if folder is None and isinstance(train, list | tuple) and train and (Path(train[0]) / "tokenizer.json").is_file():
+        folder = train[0]
     if folder is None:
         raise ValueError("run config: tokenizer is missing: the folder that `openglm tokenizer train` wrote")
     return Tokenizer.load(Path(folder))
@@ -142,7 +167,7 @@ def _shape(config: TrainConfig, tokenizer: Tokenizer) -> tuple[GLMConfig, Checkp
 def _meta(config: TrainConfig, tokenizer: Tokenizer) -> CheckpointMeta:
     chat_format, stop_ids = None, ("<|endoftext|>", "<eop>")
     ids = tuple(tokenizer.special_ids[name] for name in stop_ids if name in tokenizer.special_ids)
-    if config.objective == "sft":
+    if config.objective == "sft" or config.data.get("instructions"):
         from openglm.formats import get_format
 
         chat_format = str(config.data.get("format", "glm-4"))
@@ -153,12 +178,15 @@ def _meta(config: TrainConfig, tokenizer: Tokenizer) -> CheckpointMeta:
     )  # fmt: skip
 
 
-def _model(config: TrainConfig, shape: GLMConfig) -> Transformer:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+def _device(config: TrainConfig) -> str:
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda, but this torch sees no GPU; use device=auto or cpu")
+    return config.device
+
+
+def _model(config: TrainConfig, shape: GLMConfig, device: str) -> Transformer:
     if config.init_from is not None:
         return load_checkpoint(config.init_from, device, torch.float32)[0]
     return init_weights(Transformer(shape, device, torch.float32), config.seed, config.init)

@@ -20,18 +20,29 @@ OURS: dict[str, Any] = {
     "vocab_size": 131, "dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 88, "max_seq_len": 128,
 }  # fmt: skip
 
+
+
+def rope(theta: float, fraction: float | None = None) -> dict[str, Any]:
+    """transformers' name for our RopeConfig."""
+    return {"rope_type": "default", "rope_theta": theta} | ({"partial_rotary_factor": fraction} if fraction else {})
+
+
 # name -> (transformers class prefix, its extra fields, our weight table, our extra fields)
 SHAPES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "glm-4-9b": ("Glm", {"head_dim": 16, "rms_norm_eps": 1.5625e-7, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}},  # noqa: E501
+    "glm-4-9b": ("Glm", {"head_dim": 16, "rms_norm_eps": 1.5625e-7, "rope_parameters": rope(5e6, 0.5)},
                  "hf-glm", {"head_dim": 16, "norm_eps": 1.5625e-7, "rope": RopeConfig(theta=5e6, fraction=0.5)}),
-    "glm-edge": ("Glm", {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},  # noqa: E501
+    "glm-edge": ("Glm", {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+                          "rope_parameters": rope(1e4, 1.0)},
                  "hf-glm", {"head_dim": 8, "qkv_bias": False, "tie_embeddings": True}),
-    "glm-4-0414-9b": ("Glm4", {"head_dim": 16, "attention_bias": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},  # noqa: E501
+    "glm-4-0414-9b": ("Glm4", {"head_dim": 16, "attention_bias": True, "rms_norm_eps": 1e-5,
+                               "rope_parameters": rope(1e4, 0.5)},
                       "hf-glm4", {"head_dim": 16, "sandwich": True, "rope": RopeConfig(fraction=0.5)}),
-    "glm-4-0414-32b": ("Glm4", {"head_dim": 16, "attention_bias": False, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},  # noqa: E501
-                       "hf-glm4", {"head_dim": 16, "sandwich": True, "qkv_bias": False, "rope": RopeConfig(fraction=0.5)}),  # noqa: E501
+    "glm-4-0414-32b": ("Glm4", {"head_dim": 16, "attention_bias": False, "rms_norm_eps": 1e-5,
+                               "rope_parameters": rope(1e4, 0.5)},
+                       "hf-glm4",
+                       {"head_dim": 16, "sandwich": True, "qkv_bias": False, "rope": RopeConfig(fraction=0.5)}),
     "llama": ("Llama", {"head_dim": 8, "rms_norm_eps": 1e-5}, "hf-llama", {"head_dim": 8, "qkv_bias": False}),
-    "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},  # noqa: E501
+    "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_parameters": rope(1e6)},
               "hf-llama", {"head_dim": 8, "norm_eps": 1e-6, "tie_embeddings": True, "rope": RopeConfig(theta=1e6)}),
 }  # fmt: skip
 

@@ -1,0 +1,84 @@
+"""Objectives from run configs: the reference of keys, and dialogues mixed into blank filling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import openglm
+from openglm.data.example import KINDS
+from openglm.data.prepare import prepare
+from openglm.model.checkpoint import read_config
+from openglm.train.config import OptimizerConfig, ScheduleConfig, SpikeConfig, TrainConfig, load_config
+from openglm.train.objectives import OBJECTIVES
+from openglm.train.objectives.infill import InfillData
+from openglm.train.objectives.lm import LMData
+from openglm.train.objectives.sft import SFTData
+from openglm.train.run import build, run
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [("The run", TrainConfig), ("`optimizer`", OptimizerConfig), ("`schedule`", ScheduleConfig),
+     ("`spike`", SpikeConfig), ("`data` of `infill`", InfillData), ("`data` of `lm`", LMData),
+     ("`data` of `sft`", SFTData)],
+)  # fmt: skip
+def test_the_reference_names_every_key_and_no_other(title: str, kind: type) -> None:
+    text = (REPOSITORY / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", text, flags=re.M)
+    body = next(part for part in section if part.startswith(title + "\n"))
+    if kind is LMData:
+        named = set(re.findall(r"`(\w+)`", body.split("\n", 1)[1]))
+    else:
+        cells = re.findall(r"^\| (`.*?) \|", body, flags=re.M)
+        named = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    assert named == {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.fixture
+def mixed_run(tiny_checkpoint: Path, tmp_path: Path) -> dict[str, object]:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The fox number {i} jumps. 北京有{i}只狗。" * 5 for i in range(40)), encoding="utf-8")
+    prepare([text], tiny_checkpoint, tmp_path / "shards")
+    talk = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(30)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
+    return {
+        "objective": "infill", "init_from": str(tiny_checkpoint), "run_dir": str(tmp_path / "run"), "steps": 2,
+        "row_len": 64, "micro_batch_rows": 2, "batch_rows": 2, "precision": "fp32", "device": "cpu",
+        "data": {
+            "train": [str(tmp_path / "shards")], "instructions": [str(tmp_path / "chat.jsonl")],
+            "instruction_share": 0.4,
+        },
+    }  # fmt: skip
+
+
+def test_instructions_take_their_share_of_the_tokens(mixed_run: dict[str, object]) -> None:
+    stream = build(load_config(mixed_run)).stream
+    counts = dict.fromkeys(KINDS, 0)
+    for _ in range(100):
+        rows = stream.next_rows(2)
+        for kind, name in enumerate(KINDS):
+            counts[name] += int(((rows.kinds == kind) & (rows.segments >= 0)).sum())
+    assert counts["sft"] / sum(counts.values()) == pytest.approx(0.4, abs=0.04)
+
+
+def test_a_model_that_saw_instructions_chats(mixed_run: dict[str, object]) -> None:
+    result = run(load_config(mixed_run))
+    assert result.model_dir is not None
+    model = openglm.load(result.model_dir, device="cpu")
+    assert model.chat([{"role": "user", "content": "What is 3?"}], max_new_tokens=4, seed=1).content is not None
+    assert set(read_config(result.model_dir)[1].stop_ids) == {
+        model.tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")
+    }
+
+
+def test_every_objective_is_in_the_config() -> None:
+    assert set(OBJECTIVES) == {"infill", "lm", "sft"}
