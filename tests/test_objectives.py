@@ -63,8 +63,8 @@ def mixed_run(tiny_checkpoint: Path, tmp_path: Path) -> dict[str, object]:
 def test_instructions_take_their_share_of_the_tokens(mixed_run: dict[str, object]) -> None:
     stream = build(load_config(mixed_run)).stream
     counts = dict.fromkeys(KINDS, 0)
-    for _ in range(100):
-        rows = stream.next_rows(2)
+    for _ in range(125):  # 1000 rows: the 32 that the packer still holds open are within the tolerance
+        rows = stream.next_rows(8)
         for kind, name in enumerate(KINDS):
             counts[name] += int(((rows.kinds == kind) & (rows.segments >= 0)).sum())
     assert counts["sft"] / sum(counts.values()) == pytest.approx(0.4, abs=0.04)
