@@ -32,12 +32,17 @@ class RopeConfig:
     fraction: share of each head's dimensions that is rotated, from the first one on.
     axes: 1, one position per token; 2, position and block position share the rotated part (ChatGLM-6B).
     freq_dtype: GLM-130B and ChatGLM-6B store inverse frequencies rounded to half, which moves logits by 0.01.
+    position_scale: positions are divided by it (linear interpolation, ChatGLM2-6B-32K).
+    yarn_factor, yarn_context: YaRN: context longer by this factor than the yarn_context trained on; 1 is off.
     """
 
     theta: float = 10000.0
     fraction: float = 1.0
     axes: Literal[1, 2] = 1
     freq_dtype: Literal["float32", "float16"] = "float32"
+    position_scale: float = 1.0
+    yarn_factor: float = 1.0
+    yarn_context: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -46,6 +51,10 @@ class RopeConfig:
             raise ValueError(f"rope.axes must be 1 or 2, not {self.axes}")
         if self.theta <= 1.0:
             raise ValueError(f"rope.theta must be above 1, not {self.theta}")
+        if self.position_scale < 1.0 or self.yarn_factor < 1.0:
+            raise ValueError("rope.position_scale and rope.yarn_factor must be 1 (off) or more")
+        if self.yarn_factor > 1.0 and (self.yarn_context < 1 or self.axes != 1):
+            raise ValueError("rope.yarn_factor needs rope.yarn_context, the context trained on, and one axis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,8 @@ class GLMConfig:
     and likewise for the MLP, with `post_norm` the identity unless `sandwich`.
 
     mask: "causal", or "prefix": tokens before the start-of-piece token see each other in both directions.
+    positions: "rope", or "learned": two tables of max_seq_len + 1 rows (position, block position) are added to the
+    embedding, as in the original GLM; `rope` is then not used.
     """
 
     vocab_size: int
@@ -76,6 +87,7 @@ class GLMConfig:
     qkv_bias: bool = True
     linear_bias: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
+    positions: Literal["rope", "learned"] = "rope"
     mask: Literal["causal", "prefix"] = "causal"
     tie_embeddings: bool = False
 
@@ -95,8 +107,13 @@ class GLMConfig:
             raise ValueError("residual_alpha other than 1 goes with residual='normed' (DeepNorm)")
         if self.residual == "normed" and self.sandwich:
             raise ValueError("sandwich norms go with residual='stream'")
-        if self.rope.axes == 2 and self.mask != "prefix":
-            raise ValueError("rope.axes=2 goes with mask='prefix': block positions start at the start-of-piece token")
+        if self.n_axes == 2 and self.mask != "prefix":
+            raise ValueError("two position axes go with mask='prefix': block positions start at the start-of-piece token")
+
+    @property
+    def n_axes(self) -> int:
+        """Positions of a token: 2 where a block position goes with it."""
+        return 2 if self.positions == "learned" else self.rope.axes
 
     @property
     def rotary_dim(self) -> int:
@@ -119,6 +136,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("layer", "rms"),
     "residual": ("stream", "normed"),
     "mlp": ("gelu", "geglu", "swiglu"),
+    "positions": ("rope", "learned"),
     "mask": ("causal", "prefix"),
 }
 

@@ -52,9 +52,15 @@ def _ratio(rope_ratio: float) -> RopeConfig:
 _128k: dict[str, Any] = {"max_seq_len": 131072, "rope": _ratio(500)}
 
 PRESETS: dict[str, GLMConfig] = {
+    "glm-10b": GLMConfig(
+        vocab_size=50304, dim=4096, n_layers=48, n_heads=64, n_kv_heads=64, head_dim=64, ffn_dim=16384,
+        max_seq_len=1024, norm="layer", mlp="gelu", linear_bias=True, positions="learned", mask="prefix",
+        tie_embeddings=True,
+    ),
     "glm-130b": _glm_130b,
     "chatglm-6b": _chatglm_6b,
     "chatglm2-6b": _chatglm2(max_seq_len=32768),
+    "chatglm2-6b-32k": _chatglm2(max_seq_len=32768, rope=RopeConfig(fraction=0.5, position_scale=50)),
     "chatglm3-6b": _chatglm2(max_seq_len=8192),
     "codegeex2-6b": _chatglm2(max_seq_len=8192),
     "glm-4-9b": _glm_4_9b(),
@@ -63,6 +69,9 @@ PRESETS: dict[str, GLMConfig] = {
     "codegeex4-9b": _glm_4_9b(**_128k),
     "glm-4-9b-0414": _glm_4_9b(sandwich=True, norm_eps=1e-5, max_seq_len=32768),
     "glm-4-32b-0414": _glm_4_32b,
+    "glm-4-32b-0414-yarn": dataclasses.replace(
+        _glm_4_32b, max_seq_len=131072, rope=RopeConfig(fraction=0.5, yarn_factor=4.0, yarn_context=32768)
+    ),
     "glm-edge-1.5b": GLMConfig(
         vocab_size=59264, dim=2048, n_layers=28, n_heads=16, n_kv_heads=4, head_dim=128, ffn_dim=6144,
         max_seq_len=8192, qkv_bias=False, tie_embeddings=True,

@@ -78,7 +78,7 @@ def _chat(
     path: Path, tokenizer: Tokenizer, chat_format: ChatFormat, config: GLMConfig, limit: int
 ) -> tuple[list[tuple[str, Example]], Counter[str]]:
     prefix = config.mask == "prefix"
-    options = ChatOptions(row_len=config.max_seq_len, prefix=prefix, frozen=prefix and config.rope.axes == 2)
+    options = ChatOptions(row_len=config.max_seq_len, prefix=prefix, frozen=prefix and config.n_axes == 2)
     loaded = load_chat([path], tokenizer, chat_format, options)
     return [(f"{path}, example {i + 1}", loaded[i]) for i in range(min(limit, len(loaded)))], loaded.counts
 
@@ -133,7 +133,7 @@ def _corrupted(
     documents: Sequence[tuple[str, NDArray[Any]]], tokenizer: Tokenizer, config: GLMConfig
 ) -> Iterator[tuple[str, Example]]:
     """The beginning of each document, in turn as [MASK], [gMASK] and [sMASK] sample; as it is for causal models."""
-    scheme: Literal["2d", "1d"] = "2d" if config.rope.axes == 2 else "1d"
+    scheme: Literal["2d", "1d"] = "2d" if config.n_axes == 2 else "1d"
     sentence_ends = np.zeros(tokenizer.vocab_size, np.bool_)
     sentence_ends[list(tokenizer.sentence_end_ids())] = True
     for number, (where, document) in enumerate(documents):

@@ -74,7 +74,7 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     With one axis (GLM-130B) positions run on after [gMASK] and freeze at the mask's index after [MASK] or [sMASK].
     A prompt without <sop> is all causal from its first token.
     """
-    axes = config.rope.axes
+    axes = config.n_axes
     if config.mask == "causal":
         return PromptLayout(axes, 0, 0, False)
     tokens = list(ids)

@@ -14,6 +14,7 @@ class KVCache:
     """Room for `max_len` tokens of `batch_size` rows of equal length.
 
     Memory: 2 * n_layers * batch_size * n_kv_heads * max_len * head_dim elements, taken at once.
+    prefix: `Transformer.kv_prefix`, put in front of every row; not counted in `length` and `max_len`.
     """
 
     def __init__(
@@ -23,22 +24,31 @@ class KVCache:
         max_len: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prefix: Tensor | None = None,
     ) -> None:
-        shape = (2, config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
+        self.n_prefix = 0 if prefix is None else prefix.shape[-2]
+        shape = (2, config.n_layers, batch_size, config.n_kv_heads, self.n_prefix + max_len, config.head_dim)
         self._data = torch.zeros(shape, device=device, dtype=dtype)
+        if prefix is not None:
+            self._data[..., : self.n_prefix, :] = prefix[:, :, None]
         self.length = 0
         self.max_len = max_len
 
+    @property
+    def offset(self) -> int:
+        """Keys in front of the next token: the prefix and the cached ones."""
+        return self.n_prefix + self.length
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, D) of new tokens behind the cached ones; returns views of all, (B, G, length + T, D).
+        """Store k, v (B, G, T, D) of new tokens behind the cached ones; returns views of all, (B, G, offset + T, D).
 
         `length` moves on only with `advance`, once for all layers.
         """
-        stop = self.length + k.shape[2]
-        assert stop <= self.max_len, f"cache of {self.max_len} tokens asked to hold {stop}"
+        start, stop = self.offset, self.offset + k.shape[2]
+        assert stop <= self.n_prefix + self.max_len, f"cache of {self.max_len} tokens asked to hold {stop}"
         keys, values = self._data[0, layer, :, :, :stop], self._data[1, layer, :, :, :stop]
-        keys[:, :, self.length :] = k
-        values[:, :, self.length :] = v
+        keys[:, :, start:] = k
+        values[:, :, start:] = v
         return keys, values
 
     def advance(self, n_tokens: int) -> None:
@@ -51,5 +61,5 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row rows[i]; for beam search. rows: (B,) int64."""
-        used = self._data[:, :, :, :, : self.length]
+        used = self._data[:, :, :, :, : self.offset]
         used.copy_(used.index_select(2, rows))

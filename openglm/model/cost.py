@@ -21,7 +21,7 @@ def parameters_by_part(config: GLMConfig) -> dict[str, int]:
     mlp = n_up * c.ffn_dim * (c.dim + bias) + c.dim * (c.ffn_dim + bias)
     norm = c.dim * (2 if c.norm == "layer" else 1)
     return {
-        "embedding": c.vocab_size * c.dim,
+        "embedding": (c.vocab_size + (2 * (c.max_seq_len + 1) if c.positions == "learned" else 0)) * c.dim,
         "attention": c.n_layers * (qkv + out),
         "mlp": c.n_layers * mlp,
         "norm": norm * (c.n_layers * (4 if c.sandwich else 2) + 1),

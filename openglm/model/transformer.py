@@ -17,7 +17,7 @@ from openglm.config import GLMConfig
 from openglm.model.batch import ForwardBatch
 from openglm.model.cache import KVCache
 from openglm.ops.attention import attention, visible
-from openglm.ops.rope import apply_rope, inverse_frequencies, rope_angles
+from openglm.ops.rope import apply_rope, inverse_frequencies, rope_angles, yarn
 
 __all__ = ["MLP", "Attention", "Block", "Transformer"]
 
@@ -35,12 +35,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=config.linear_bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         c = self.config
         heads = self.qkv(x).unflatten(-1, (c.n_heads + 2 * c.n_kv_heads, c.head_dim))  # (B, T, H + 2G, head_dim)
         qk, v = heads.split((c.n_heads + c.n_kv_heads, c.n_kv_heads), dim=2)
-        q, k = apply_rope(qk, *rope).split((c.n_heads, c.n_kv_heads), dim=2)
+        q, k = (qk if rope is None else apply_rope(qk, *rope)).split((c.n_heads, c.n_kv_heads), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.post_norm2 = make_norm(config) if config.sandwich else nn.Identity()
 
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: KVCache | None = None
+        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         x = self.norm1(h)
         h = self._residual(h, x) + self.post_norm1(self.attn(x, rope, mask, cache, self.layer))
@@ -88,7 +88,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to hidden states; `logits` turns hidden states into scores over the vocabulary."""
+    """Token ids to hidden states; `logits` turns hidden states into scores over the vocabulary.
+
+    kv_prefix: None, or keys and values that every token sees in front of its own, (2, n_layers, n_kv_heads, P,
+    head_dim): a P-Tuning v2 prefix, set from outside. It takes no positions.
+    """
+
+    kv_prefix: Tensor | None
 
     def __init__(
         self, config: GLMConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -97,35 +103,50 @@ class Transformer(nn.Module):
         self.config = config
         with torch.device(device or "cpu"):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
+            if config.positions == "learned":
+                self.embed_position = nn.Embedding(config.max_seq_len + 1, config.dim)
+                self.embed_block = nn.Embedding(config.max_seq_len + 1, config.dim)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = make_norm(config)
             self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("kv_prefix", None)
         if dtype is not None:
             self.to(dtype)
-        rope = config.rope
-        inv_freq = inverse_frequencies(config.rotary_dim, rope.theta, rope.axes, rope.freq_dtype == "float16")
         # Not a buffer: .to(bfloat16) must not round it.
-        self._inv_freq = inv_freq
+        self._inv_freq, self._rope_scale = _frequencies(config)
 
     def forward(self, batch: ForwardBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, D) after the final norm. With a cache, ids are the tokens behind the cached ones."""
-        offset = cache.length if cache is not None else 0
         n_query = batch.ids.shape[1]
-        h = self.embed(batch.ids)
-        if self._inv_freq.device != h.device:
-            self._inv_freq = self._inv_freq.to(h.device)
-        rope = rope_angles(batch.positions, self._inv_freq)
+        h = self._embedded(batch)
+        if cache is None and self.kv_prefix is not None:
+            cache = KVCache(self.config, len(h), n_query, h.device, h.dtype, self.kv_prefix)
+        offset = cache.offset if cache is not None else 0
         mask = visible(n_query, offset, batch.segments, batch.context, h.device)
         if mask is not None:
             # Once for all layers: the fused kernels want an additive mask in the dtype they compute in.
             kind = h.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=h.device).masked_fill_(~mask, float("-inf"))
+        rope = self._angles(batch.positions)
         for block in self.layers:
             h = block(h, rope, mask, cache)
         if cache is not None:
             cache.advance(n_query)
         return self.norm(h)
+
+    def _embedded(self, batch: ForwardBatch) -> Tensor:
+        h = self.embed(batch.ids)
+        if self.config.positions == "learned":
+            h = h + self.embed_position(batch.positions[0]) + self.embed_block(batch.positions[1])
+        return h
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions == "learned":
+            return None
+        if self._inv_freq.device != positions.device:
+            self._inv_freq = self._inv_freq.to(positions.device)
+        return rope_angles(positions, self._inv_freq, self._rope_scale)
 
     def head_weight(self) -> Tensor:
         """(vocab_size, dim) output matrix: the head's own, or the embedding's when tied."""
@@ -136,3 +157,12 @@ class Transformer(nn.Module):
         if self.head is not None:
             return self.head(hidden).float()
         return F.linear(hidden, self.embed.weight).float()
+
+
+def _frequencies(config: GLMConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies, and the factor on cos and sin."""
+    rope, scale = config.rope, 1.0
+    inv_freq = inverse_frequencies(config.rotary_dim, rope.theta, rope.axes, rope.freq_dtype == "float16")
+    if rope.yarn_factor > 1.0:
+        inv_freq, scale = yarn(inv_freq, rope.theta, rope.yarn_factor, rope.yarn_context)
+    return inv_freq / rope.position_scale, scale

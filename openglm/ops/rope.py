@@ -6,10 +6,12 @@ their query and key projections permuted when they are loaded, which leaves ever
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope", "inverse_frequencies", "rope_angles"]
+__all__ = ["apply_rope", "inverse_frequencies", "rope_angles", "yarn"]
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, axes: int = 1, half_precision: bool = False) -> Tensor:
@@ -22,10 +24,28 @@ def inverse_frequencies(rotary_dim: int, theta: float, axes: int = 1, half_preci
     return freq.half().float() if half_precision else freq
 
 
-def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, T, 1, r/2) float32, from positions (axes, B, T); axes lie one after another."""
+def yarn(inv_freq: Tensor, theta: float, factor: float, context: int) -> tuple[Tensor, float]:
+    """Frequencies for a context `factor` times the `context` trained on, and the factor on cos and sin.
+
+    YaRN (Peng et al. 2023, section 3.2) with its constants: pairs that turn more than 32 times in the context trained
+    on keep their frequency, those that turn less than once are slowed by `factor`, a ramp lies between.
+    """
+    n = 2 * len(inv_freq)
+
+    def pair_that_turns(times: float) -> float:
+        return n * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), n - 1)
+    ramp = ((torch.arange(n // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1.0
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin times `scale`, each (B, T, 1, r/2) float32, from positions (axes, B, T); axes one after another."""
     angles = positions[..., None].float() * inv_freq  # (axes, B, T, r/2/axes)
     angles = torch.cat(tuple(angles), dim=-1)[:, :, None]
+    if scale != 1.0:
+        return angles.cos() * scale, angles.sin() * scale
     return angles.cos(), angles.sin()
 
 

@@ -69,7 +69,7 @@ class TensorRows:
     def forward_batch(self, config: GLMConfig) -> ForwardBatch:
         """Input of the model: as many position axes as it has, and no context flags for a causal one."""
         context = self.context if config.mask == "prefix" else None
-        return ForwardBatch(self.ids, self.positions[: config.rope.axes], self.segments, context)
+        return ForwardBatch(self.ids, self.positions[: config.n_axes], self.segments, context)
 
 
 class ObjectiveLoss(NamedTuple):

@@ -67,7 +67,7 @@ def build_stream(
         raise ValueError("objective infill needs a model with mask: prefix; train causal models with objective: lm")
     folders = data.train if split == "train" else data.val
     datasets = open_corpora(folders, split, config, tokenizer)
-    params = data.params("2d" if config.rope.axes == 2 else "1d")
+    params = data.params("2d" if config.n_axes == 2 else "1d")
     sources: list[Source] = [
         InfillSource(
             dataset, row_len, tokenizer.special_ids, vocab_size=tokenizer.vocab_size, mix=data.mix, params=params,

@@ -41,7 +41,7 @@ def build_stream(
     if config.mask == "causal":
         sources = [LMSource(dataset, row_len) for dataset in datasets]
     else:
-        params = InfillParams(positions="2d" if config.rope.axes == 2 else "1d")
+        params = InfillParams(positions="2d" if config.n_axes == 2 else "1d")
         sources = [
             InfillSource(
                 dataset, row_len, tokenizer.special_ids, vocab_size=tokenizer.vocab_size, mix={"lm": 1.0},

@@ -55,7 +55,7 @@ def chat_source(data: SFTData, config: GLMConfig, tokenizer: Tokenizer, row_len:
         raise ValueError("there is no validation data: set data.val or data.val_share, or eval_every=0")
     prefix = config.mask == "prefix"
     options = ChatOptions(
-        row_len=row_len, prefix=prefix, frozen=prefix and config.rope.axes == 2, overlong=data.overlong,
+        row_len=row_len, prefix=prefix, frozen=prefix and config.n_axes == 2, overlong=data.overlong,
         loss_weighting=data.loss_weighting,
     )  # fmt: skip
     examples = load_chat(

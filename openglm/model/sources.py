@@ -1,0 +1,230 @@
+"""Tensors by name from checkpoint files, read one at a time: .safetensors, and .bin or .pt without running their code.
+
+    source = open_files(folder); source.names(); source.get("model.norm.weight")
+
+A file's header is read when it is opened, so a file cut short is found before anything is loaded. A tensor's bytes are
+read into memory of its own: nothing stays mapped, and reading a checkpoint of any size holds one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from openglm.ops.quant import QuantTensor, pack_int4
+
+__all__ = ["FileSource", "Source", "TensorInfo", "Weight", "describe", "open_files", "read_thudm_quant"]
+
+Weight = Tensor | QuantTensor
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Source(Protocol):
+    """Named weights of one checkpoint, in its own names and orders."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it. KeyError for a name that is not there."""
+        ...
+
+    def get(self, name: str) -> Weight:
+        """A tensor. KeyError for a name that is not there."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: contiguous bytes of one file."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        if not self.n_bytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        data = bytearray(self.n_bytes)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            view, done = memoryview(data), 0
+            while done < len(data):
+                n = file.readinto(view[done:])
+                if not n:
+                    raise ValueError(f"{self.file} ends inside a tensor: it was cut short; fetch it again")
+                done += n
+            # The pages stay the kernel's to drop: a large checkpoint must not push everything else out of memory.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), self.offset, self.n_bytes, os.POSIX_FADV_DONTNEED)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
+class FileSource:
+    """The tensors of one or several files."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def get(self, name: str) -> Weight:
+        return self.tensors[name].read()
+
+
+def read_thudm_quant(weight: Tensor, scale: Tensor, columns: int) -> QuantTensor:
+    """The INT8 and INT4 form of GLM-130B and ChatGLM: scales of whole rows, the even column in the high half.
+
+    weight: (rows, columns) int8, or (rows, columns / 2) with two's complement halves. scale: (rows,), or (rows, n)
+    where n ranks scaled their columns apart.
+    """
+    scale = scale.view(weight.shape[0], -1)
+    if weight.shape[1] == columns:
+        return QuantTensor(weight, scale)
+    if 2 * weight.shape[1] != columns:
+        raise ValueError(f"a packed matrix has {weight.shape[1]} bytes a row, {columns} columns need {columns // 2}")
+    data = weight.view(torch.uint8)
+    high, low = (data >> 4) ^ 8, (data & 15) ^ 8  # two's complement -> 0..15 around 8
+    return QuantTensor(pack_int4(torch.stack([high, low], -1).flatten(-2)), scale)
+
+
+# -------------------------------------------------------------------- opening
+
+
+def open_files(folder: Path) -> FileSource:
+    """All tensors of a folder: those that its index names, else all of its .safetensors, else of its .bin files.
+
+    Raises ValueError in one line for a missing, damaged or cut-short file.
+    """
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return _indexed(folder, folder / index)
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(p for p in folder.glob(pattern) if p.name not in ("training_args.bin", "optimizer.bin"))
+        if files:
+            return FileSource(_merged((path, open_file(path)) for path in files))
+    raise ValueError(f"{folder} holds no weights (*.safetensors or *.bin): fetch the checkpoint again")
+
+
+def open_file(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file, from its header."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: fetch it")
+    return _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
+
+
+def _indexed(folder: Path, index: Path) -> FileSource:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is damaged: it needs a weight_map; fetch it again") from None
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder / shard} is missing, {index.name} names it: fetch it")
+        shards[shard] = open_file(folder / shard)
+    tensors = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise ValueError(f"{folder / shard} lacks the tensor {name} that {index.name} places there: fetch it again")
+        tensors[name] = shards[shard][name]
+    return FileSource(tensors)
+
+
+def _merged(files: Iterable[tuple[Path, dict[str, TensorInfo]]]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for path, found in files:
+        for name in found:
+            if name in tensors:
+                raise ValueError(f"{path} and {tensors[name].file.name} both hold {name}: remove the one not wanted")
+        tensors |= found
+    return tensors
+
+
+def _safetensors(path: Path) -> dict[str, TensorInfo]:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError):
+        raise ValueError(f"{path} has a damaged header or was cut short: fetch it again") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has type {entry['dtype']}, which is not supported")
+        begin, end = entry["data_offsets"]
+        info = TensorInfo(path, 8 + length + begin, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if info.offset + info.n_bytes > size or info.n_bytes != end - begin:
+            raise ValueError(f"{path} was cut short inside the tensor {name} ({size} bytes are there): fetch it again")
+        tensors[name] = info
+    return tensors
+
+
+def _torch_file(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and offsets of a file that torch.save wrote; the tensors' bytes are not read, no code is run."""
+    import zipfile
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is cut short or no file of torch.save (zip form): fetch it again")
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0] if "Unsupported" not in str(error) else "it calls code"
+        raise ValueError(f"{path} holds more than tensors and is refused, nothing of it was run ({reason})") from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): fetch it again") from None
+    for key in ("module", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not named tensors")
+    size, tensors = path.stat().st_size, {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        assert offset is not None, "this PyTorch does not tell offsets in checkpoint files"
+        info = TensorInfo(
+            path, offset + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)
+        )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{path}: {name} is stored as a strided view, which is not supported: save it contiguous")
+        if info.offset + info.n_bytes > size:
+            raise ValueError(f"{path} was cut short inside the tensor {name}: fetch it again")
+        tensors[name] = info
+    return tensors
+
+
+def describe(names: Sequence[str]) -> str:
+    """The first name and how many more, for an error message."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
