@@ -108,7 +108,7 @@ class GLMConfig:
         if self.residual == "normed" and self.sandwich:
             raise ValueError("sandwich norms go with residual='stream'")
         if self.n_axes == 2 and self.mask != "prefix":
-            raise ValueError("two position axes go with mask='prefix': block positions start at the start-of-piece token")
+            raise ValueError("two position axes go with mask='prefix': block positions start at start-of-piece")
 
     @property
     def n_axes(self) -> int:
