@@ -46,12 +46,14 @@ class PromptLayout:
     n_context: tokens of bidirectional context (0 for causal models).
     mask_index: index of the mask token being filled, where frozen positions stay.
     frozen: positions stop at mask_index from <sop> on.
+    later: (index of <sop>, mask index) of further answers in the same row, as the original GLM writes them.
     """
 
     axes: int
     n_context: int
     mask_index: int
     frozen: bool
+    later: tuple[tuple[int, int], ...] = ()
 
     def positions(self, start: int, stop: int) -> Tensor:
         """(axes, stop - start) int64 positions of tokens start..stop-1."""
@@ -59,7 +61,11 @@ class PromptLayout:
         position = torch.where(index < self.n_context, index, self.mask_index) if self.frozen else index
         if self.axes == 1:
             return position[None]
-        return torch.stack([position, (index - self.n_context + 1).clamp(min=0)])
+        block = (index - self.n_context + 1).clamp(min=0)
+        for first, mask_index in self.later:
+            position = torch.where(index < first, position, mask_index)
+            block = torch.where(index < first, block, index - first + 1)
+        return torch.stack([position, block])
 
     def context(self, n_tokens: int) -> Tensor:
         """(n_tokens,) bool, True on the bidirectional context."""
@@ -72,6 +78,7 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     Causal models count 0..n-1. Prefix models: context ends before the first <sop>. With two axes (ChatGLM-6B) the
     position freezes at the [gMASK], else at the first [MASK] or [sMASK], and block positions count from 1 at <sop>.
     With one axis (GLM-130B) positions run on after [gMASK] and freeze at the mask's index after [MASK] or [sMASK].
+    The original GLM (learned positions) answers several blanks in one row: its k-th <sop> goes with the k-th mask.
     A prompt without <sop> is all causal from its first token.
     """
     axes = config.n_axes
@@ -82,6 +89,8 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     if sop is None or sop not in tokens:
         return PromptLayout(axes, 0, 0, axes == 2)
     n_context = tokens.index(sop)
+    if config.positions == "learned":
+        return _original_layout(tokens, n_context, sop, special_ids)
     found = {name: tokens.index(special_ids[name]) for name in ("[gMASK]", "[MASK]", "[sMASK]")
              if name in special_ids and special_ids[name] in tokens[:n_context]}  # fmt: skip
     if "[gMASK]" in found:
@@ -89,3 +98,11 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     if found:
         return PromptLayout(axes, n_context, min(found.values()), True)
     return PromptLayout(axes, n_context, max(n_context - 1, 0), axes == 2)
+
+
+def _original_layout(tokens: list[int], n_context: int, sop: int, special_ids: Mapping[str, int]) -> PromptLayout:
+    masks = {special_ids[name] for name in ("[gMASK]", "[MASK]", "[sMASK]") if name in special_ids}
+    places = [i for i, token in enumerate(tokens[:n_context]) if token in masks] or [max(n_context - 1, 0)]
+    starts = [i for i, token in enumerate(tokens) if token == sop]
+    later = tuple((start, places[min(k, len(places) - 1)]) for k, start in enumerate(starts[1:], 1))
+    return PromptLayout(2, n_context, places[0], True, later)

@@ -21,11 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from openglm.ops.quant import QuantTensor, pack_int4
+from openglm.ops.quant import QuantTensor, Weight, pack_int4
 
 __all__ = ["FileSource", "Source", "TensorInfo", "Weight", "describe", "open_files", "read_thudm_quant"]
-
-Weight = Tensor | QuantTensor
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

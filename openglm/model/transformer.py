@@ -108,7 +108,9 @@ class Transformer(nn.Module):
                 self.embed_block = nn.Embedding(config.max_seq_len + 1, config.dim)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = make_norm(config)
-            self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.head: nn.Module | None = None
+            if not config.tie_embeddings:
+                self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("kv_prefix", None)
         if dtype is not None:
             self.to(dtype)

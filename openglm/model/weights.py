@@ -7,7 +7,7 @@ Facts: the fact sheets of the releases (row orders found by running the original
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
+from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["FAMILIES", "Family", "export_weights", "import_weights"]
+__all__ = ["FAMILIES", "Family", "export_weights", "head_order", "import_weight", "import_weights", "names_of"]
 
 Rotary = Literal["half", "adjacent", "half_per_axis"]
 
@@ -51,10 +52,15 @@ _HF_LLAMA = {
 _HF_GLM = _HF_LLAMA | {"mlp.up": ("mlp.gate_up_proj",)}
 _HF_GLM4 = _HF_GLM | {"post_norm1": ("post_self_attn_layernorm",), "post_norm2": ("post_mlp_layernorm",)}
 _HF_TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_GLM_10B_TOP = {
+    "embed": "word_embeddings", "embed_position": "transformer.position_embeddings",
+    "embed_block": "transformer.block_position_embeddings", "norm": "transformer.final_layernorm", "head": "lm_head",
+}  # fmt: skip
 _SAT_TOP = {"embed": "transformer.word_embeddings", "norm": "transformer.final_layernorm", "head": "lm_head"}
 
 FAMILIES: dict[str, Family] = {
     "glm-130b": Family("transformer.layers", _SAT_TOP, _THUDM_6B, qkv="heads", up="gate_last"),
+    "glm-10b": Family("transformer.layers", _GLM_10B_TOP, _THUDM_6B),
     "chatglm-6b": Family("transformer.layers", _SAT_TOP, _THUDM_6B, qkv="heads", rotary="half_per_axis"),
     "chatglm2": Family(
         "transformer.encoder.layers",
@@ -73,33 +79,63 @@ FAMILIES: dict[str, Family] = {
 
 
 def import_weights(
-    family: Family, config: GLMConfig, get: Callable[[str], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor in our order) for every tensor of the model, one at a time; `get` reads theirs by name."""
+    family: Family, config: GLMConfig, get: Callable[[str], Weight]
+) -> Iterator[tuple[str, Weight]]:
+    """(our name, weight in our order) for every tensor of the model, one at a time; `get` reads theirs by name.
+
+    Quantised parts of one form are joined as they are; parts of different forms are dequantised to bfloat16.
+    """
     for ours, theirs in _pairs(family, config):
-        parts = [get(name) for name in theirs]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        order = _row_order(family, config, ours)
-        yield ours, tensor if order is None else tensor[order]
+        yield ours, import_weight(family, config, ours, [get(name) for name in theirs])
+
+
+def import_weight(family: Family, config: GLMConfig, ours: str, parts: list[Weight]) -> Weight:
+    """Our tensor `ours` from the parts of theirs that `names_of` lists for it."""
+    order = _row_order(family, config, ours)
+    weight = _joined(parts)
+    return weight if order is None else _take_rows(weight, order)
 
 
 def export_weights(
-    family: Family, config: GLMConfig, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor in their order): the inverse of `import_weights`."""
-    for ours, theirs in _pairs(family, config):
-        order = _row_order(family, config, ours)
-        tensor = state[ours] if order is None else state[ours][order.argsort()]
+    family: Family, config: GLMConfig, state: Iterable[tuple[str, Weight]] | Mapping[str, Weight]
+) -> Iterator[tuple[str, Weight]]:
+    """(their name, weight in their order): the inverse of `import_weights`, for weights in any order."""
+    table = dict(_pairs(family, config))
+    for ours, weight in state.items() if isinstance(state, Mapping) else state:
+        theirs, order = table[ours], _row_order(family, config, ours)
+        weight = weight if order is None else _take_rows(weight, order.argsort())
         if len(theirs) == 1:
-            yield theirs[0], tensor
-        else:
-            yield from zip(theirs, tensor.split(_part_rows(config, ours)), strict=True)
+            yield theirs[0], weight
+            continue
+        first = 0
+        for name, n_rows in zip(theirs, _part_rows(config, ours), strict=True):
+            yield name, _take_rows(weight, slice(first, first + n_rows))
+            first += n_rows
+
+
+def names_of(family: Family, config: GLMConfig) -> dict[str, tuple[str, ...]]:
+    """Our tensor names with theirs, in the model's order."""
+    return dict(_pairs(family, config))
+
+
+def _joined(parts: list[Weight]) -> Weight:
+    if len(parts) == 1:
+        return parts[0]
+    if QuantTensor.alike(parts):
+        return QuantTensor.cat([p for p in parts if isinstance(p, QuantTensor)])
+    return torch.cat([p.dequantise(torch.bfloat16) if isinstance(p, QuantTensor) else p for p in parts])
+
+
+def _take_rows(weight: Weight, rows: Tensor | slice) -> Weight:
+    return weight.take_rows(rows) if isinstance(weight, QuantTensor) else weight[rows]
 
 
 def _pairs(family: Family, config: GLMConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Our tensor names with theirs, in the model's order."""
     norm_parts = ("weight", "bias") if config.norm == "layer" else ("weight",)
-    yield "embed.weight", (f"{family.top['embed']}.weight",)
+    tables = ("embed", "embed_position", "embed_block") if config.positions == "learned" else ("embed",)
+    for table in tables:
+        yield f"{table}.weight", (f"{family.top[table]}.weight",)
     for i in range(config.n_layers):
         for ours, theirs in family.names.items():
             if "norm" in ours:
@@ -134,12 +170,12 @@ def _row_order(family: Family, config: GLMConfig, ours: str) -> Tensor | None:
     elif family.rotary == "half":
         return None
     n_qk = (config.n_heads + config.n_kv_heads) * config.head_dim
-    head = _rotary_order(family.rotary, config)
+    head = head_order(family.rotary, config)
     turned = n_rows[:n_qk].view(-1, config.head_dim)[:, head].reshape(-1)
     return torch.cat([turned, n_rows[n_qk:]])
 
 
-def _rotary_order(rotary: Rotary, config: GLMConfig) -> Tensor:
+def head_order(rotary: Rotary, config: GLMConfig) -> Tensor:
     """Within one head: our half-split order drawn from theirs; rows that are not rotated stay behind."""
     r = config.rotary_dim
     index = torch.arange(config.head_dim)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QuantTensor", "pack_int4", "unpack_int4"]
+__all__ = ["QuantTensor", "Weight", "pack_int4", "unpack_int4"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class QuantTensor:
             (p.bits, p.group_size, p.minimum is None) if isinstance(p, QuantTensor) else None for p in parts
         }  # fmt: skip
         return len(forms) == 1 and None not in forms
+
+
+Weight = Tensor | QuantTensor  # a tensor of a checkpoint
 
 
 def unpack_int4(q: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""From an opened checkpoint to a Transformer: one weight at a time, quantised ones kept quantised.
+
+    python -m pytest -q tests/test_load.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from openglm.model.checkpoint import verify_manifest
+from openglm.model.linear import QuantEmbedding, QuantLinear
+from openglm.model.opened import OpenedModel
+from openglm.model.transformer import Transformer
+from openglm.ops.quant import QuantTensor, Weight
+
+__all__ = ["build_transformer", "load_weights", "weight_bytes"]
+
+
+def load_weights(
+    opened: OpenedModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model with its weights on `device`; floating-point ones in `dtype`, default as stored.
+
+    Quantised matrices stay as they are and compute in the dtype of their activations. Raises ValueError for a damaged
+    file and for a tensor that does not fit the config.
+    """
+    if opened.family == "openglm":
+        verify_manifest(opened.path)
+    return build_transformer(opened, device, dtype)
+
+
+def build_transformer(
+    opened: OpenedModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """`load_weights` of a checkpoint that need not be checked against a manifest."""
+    model = Transformer(opened.config, device="meta")
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    computes = dtype
+    for name, weight in opened.weights():
+        if expected.pop(name, None) != tuple(weight.shape):
+            raise ValueError(
+                f"{opened.path}: {name} is {tuple(weight.shape)}, which does not fit the config: they belong apart"
+            )
+        if computes is None and isinstance(weight, Tensor):
+            computes = weight.dtype
+        _put(model, name, weight, torch.device(device), dtype, computes or torch.float32)
+    if expected:
+        raise ValueError(f"{opened.path} lacks {sorted(expected)[0]} and {len(expected) - 1} more: fetch it again")
+    if opened.kv_prefix is not None:
+        model.kv_prefix = opened.kv_prefix.to(device, dtype or computes)
+    return model.requires_grad_(False).eval()
+
+
+def _put(
+    model: Transformer, name: str, weight: Weight, device: torch.device, dtype: torch.dtype | None,
+    computes: torch.dtype,
+) -> None:  # fmt: skip
+    """Set one parameter, or put a quantised layer in place of its module."""
+    path, _, leaf = name.rpartition(".")
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    module = getattr(parent, child)
+    if isinstance(weight, Tensor):
+        if isinstance(module, QuantLinear):  # its bias, which comes after the matrix
+            module.bias = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+            return
+        setattr(module, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+        return
+    assert isinstance(weight, QuantTensor) and leaf == "weight"
+    weight = QuantTensor(
+        weight.q.to(device), weight.scale.to(device), None if weight.minimum is None else weight.minimum.to(device)
+    )
+    if isinstance(module, nn.Embedding):
+        setattr(parent, child, QuantEmbedding(weight, computes))
+        if model.config.tie_embeddings:
+            model.head = QuantLinear(weight)
+        return
+    setattr(parent, child, QuantLinear(weight))
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of all parameters and quantised matrices, shared ones counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

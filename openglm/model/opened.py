@@ -1,0 +1,271 @@
+"""OpenedModel: any checkpoint, opened and understood but not loaded; its weights come one at a time, in our form.
+
+    python -c "from openglm.model.opened import open_model; print(open_model('path').config)"
+
+A folder of ours, a released folder (THUDM or Hugging Face layout), model-parallel shards, or a .gguf file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openglm.config import GLMConfig
+from openglm.model.checkpoint import CONFIG, MANIFEST, CheckpointMeta, read_config
+from openglm.model.released import KNOWN, ignorable, read_json, released_config, sat_config
+from openglm.model.sat import SatSource, find_shards
+from openglm.model.sources import FileSource, Source, describe, open_files, read_thudm_quant
+from openglm.model.transformer import Transformer
+from openglm.model.weights import FAMILIES, Family, import_weight, names_of
+from openglm.ops.quant import QuantTensor, Weight
+
+__all__ = ["OpenedModel", "QuantisedSource", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """path: what was opened. family: "openglm", a key of weights.FAMILIES, or "gguf". table: None: names are ours.
+
+    source: tensors in the checkpoint's own names. meta.chat_format and the prompt's prefix are completed by what knows
+    the tokenizer. chat_template: the checkpoint's own Jinja text. tokenizer_fields: a tokenizer inside the file (GGUF).
+    kv_prefix: (2, n_layers, n_kv_heads, P, head_dim) of a P-Tuning v2 prefix. change: applied to each weight on its
+    way (a LoRA adapter).
+    """
+
+    path: Path
+    family: str
+    config: GLMConfig
+    meta: CheckpointMeta
+    source: Source
+    table: Family | None = None
+    chat_template: str | None = None
+    tokenizer_fields: Mapping[str, Any] | None = None
+    kv_prefix: Tensor | None = None
+    change: Callable[[str, Weight], Weight] | None = field(default=None, compare=False)
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Our tensor names, in the model's order, with the checkpoint's."""
+        if self.table is None:
+            return {name: (name,) for name in _our_names(self.config)}
+        return names_of(self.table, self.config)
+
+    def get(self, name: str) -> Weight:
+        """One weight by our name."""
+        theirs = self.names()[name]
+        return self._weight(name, theirs)
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """(our name, weight) of every tensor, read one at a time."""
+        for name, theirs in self.names().items():
+            yield name, self._weight(name, theirs)
+
+    def _weight(self, name: str, theirs: tuple[str, ...]) -> Weight:
+        parts = []
+        for part in theirs:
+            try:
+                parts.append(self.source.get(part))
+            except KeyError:
+                raise ValueError(f"{self.path} lacks the tensor {part}: fetch it again") from None
+        weight = parts[0] if self.table is None else import_weight(self.table, self.config, name, parts)
+        return weight if self.change is None else self.change(name, weight)
+
+
+@lru_cache(maxsize=8)
+def _our_names(config: GLMConfig) -> tuple[str, ...]:
+    return tuple(Transformer(config, device="meta").state_dict())
+
+
+class QuantisedSource:
+    """A Source over files that hold some matrices packed: THUDM's INT8 and INT4, or our own form."""
+
+    def __init__(self, files: FileSource, bits: int = 0) -> None:
+        self.files, self.bits = files, bits
+
+    def names(self) -> Iterable[str]:
+        ours = {name.removesuffix(".q") for name in self.files.names() if name.endswith(".weight.q")}
+        parts = (".weight.q", ".weight.scale", ".weight.minimum", ".weight_scale")
+        return [*(n for n in self.files.names() if not n.endswith(parts)), *sorted(ours)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        tensors = self.files.tensors
+        if f"{name}.q" in tensors:
+            rows, width = tensors[f"{name}.q"].shape
+            return rows, width * (2 if tensors[f"{name}.q"].dtype == torch.uint8 else 1)
+        shape = tensors[name].shape
+        return (shape[0], shape[1] * 8 // self.bits) if f"{name}_scale" in tensors else shape
+
+    def get(self, name: str) -> Weight:
+        tensors = self.files.tensors
+        if f"{name}.q" in tensors:
+            minimum = f"{name}.minimum"
+            return QuantTensor(
+                tensors[f"{name}.q"].read(), tensors[f"{name}.scale"].read(),
+                tensors[minimum].read() if minimum in tensors else None,
+            )  # fmt: skip
+        weight = tensors[name].read()
+        if f"{name}_scale" not in tensors:
+            return weight
+        return read_thudm_quant(weight, tensors[f"{name}_scale"].read(), weight.shape[1] * 8 // self.bits)
+
+
+# -------------------------------------------------------------------- opening
+
+
+def open_model(path: str | Path) -> OpenedModel:
+    """Open a checkpoint by what it holds. Reads headers and configs, no weights.
+
+    Raises ValueError in one line: nothing there, unknown architecture, a damaged or missing file.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is a file but no .gguf: give the folder of the checkpoint")
+        return _open_gguf(path)
+    if not path.is_dir():
+        raise ValueError(f"no model at {path}")
+    if (path / CONFIG).is_file():
+        head = read_json(path / CONFIG)
+        return _open_ours(path) if head.get("format") == "openglm" else _open_released(path, head)
+    shards = find_shards(path)
+    if shards is not None:
+        return _open_sat(path, shards)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _open_gguf(files[0])
+    raise ValueError(f"{path} is no checkpoint: it has no {CONFIG}; known: {KNOWN}")
+
+
+def _open_ours(path: Path) -> OpenedModel:
+    config, meta = read_config(path)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} has no {MANIFEST}: the copy is incomplete; fetch it again")
+    template = path / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.is_file() else None
+    return OpenedModel(path, "openglm", config, meta, QuantisedSource(open_files(path)), None, text)
+
+
+def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
+    files = open_files(path)
+    bits = int(head.get("quantization_bit") or 0)
+    source = QuantisedSource(files, bits)
+    names = frozenset(source.names())
+    if bits not in (0, 4, 8):
+        raise ValueError(f"{path / CONFIG}: quantization_bit {bits} is not supported: 4 or 8")
+    packed = any(name.endswith("weight_scale") for name in files.names())
+    if packed and not bits:
+        raise ValueError(f"{path} holds packed weights but {CONFIG} has no quantization_bit: fetch it again")
+    if "quantization_config" in head:
+        method = (head["quantization_config"] or {}).get("quant_method")
+        raise ValueError(f"{path} is quantised by {method!r}, which is not supported: take the unquantised release")
+    family, config = released_config(head, path, names, source.shape)
+    opened = OpenedModel(
+        path, family, config, _released_meta(path, head, family), source, FAMILIES[family], _template(path)
+    )
+    _check_names(opened, names)
+    if any(name.startswith("transformer.prefix_encoder.") for name in names):
+        from openglm.model.adapters import with_prefix
+
+        return with_prefix(opened, path)
+    return opened
+
+
+def _open_sat(path: Path, shards: list[Path]) -> OpenedModel:
+    source = SatSource(shards)
+    args: dict[str, Any] = {}
+    for folder in (path, path.parent):
+        if (folder / "model_args.json").is_file():
+            args = read_json(folder / "model_args.json")
+            break
+    names = frozenset(source.names())
+    family, config = sat_config(args, names, source.shape)
+    special = _sat_special_ids(args, family, config)
+    stops = tuple(sorted({special[n] for n in ("<eop>", "</s>", "<|endoftext|>") if n in special}))
+    opened = OpenedModel(path, family, config, CheckpointMeta(special, stops), source, FAMILIES[family])
+    _check_names(opened, names)
+    return opened
+
+
+def _open_gguf(path: Path) -> OpenedModel:
+    from openglm.model.gguf import open_gguf
+
+    found = open_gguf(path)
+    generation: dict[str, Any] = {}
+    meta = CheckpointMeta(stop_ids=tuple(found.stop_ids), generation=generation)
+    return OpenedModel(
+        path, "gguf", found.config, meta, found.source, found.family, found.chat_template, found.tokenizer_fields
+    )
+
+
+def _check_names(opened: OpenedModel, names: frozenset[str]) -> None:
+    """Every tensor of the model is there and every other one is known: what is left over would be lost in silence."""
+    wanted = {name for theirs in opened.names().values() for name in theirs}
+    if missing := sorted(wanted - names):
+        raise ValueError(f"{opened.path} lacks {describe(missing)}: fetch it again")
+    left = sorted(name for name in names - wanted if not ignorable(name, opened.config))
+    if left:
+        raise ValueError(f"{opened.path} holds tensors that this architecture has no use for: {describe(left)}")
+
+
+# -------------------------------------------------------------------- what travels
+
+
+def _released_meta(path: Path, head: Mapping[str, Any], family: str) -> CheckpointMeta:
+    """Special ids that the config itself names, stop ids and generation defaults."""
+    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    stops = generation.get("eos_token_id", head.get("eos_token_id"))
+    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (int(stops),)
+    special: dict[str, int] = {}
+    if family == "chatglm-6b":
+        sop = head.get("bos_token_id", 150004 if head.get("vocab_size") == 150528 else 130004)
+        # The order of the released vocabulary: [MASK] [gMASK] [sMASK] unused <sop> <eop>.
+        special = {
+            "[MASK]": head.get("mask_token_id", sop - 4), "[gMASK]": head.get("gmask_token_id", sop - 3),
+            "<sop>": sop, "<eop>": head.get("eos_token_id", sop + 1),
+        }  # fmt: skip
+    return CheckpointMeta(special, stop_ids, generation=_generation(generation))
+
+
+def _generation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """SamplingParams fields from a generation_config.json."""
+    kept = {k: values[k] for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if values.get(k)}
+    if values.get("do_sample") is False:
+        kept = {k: v for k, v in kept.items() if k == "repetition_penalty"} | {"temperature": 0.0}
+    return kept
+
+
+def _sat_special_ids(args: Mapping[str, Any], family: str, config: GLMConfig) -> dict[str, int]:
+    """From model_args.json, else those of the released vocabularies, told by the number of rows."""
+    canonical = {"sop": "<sop>", "eop": "<eop>", "eos": "</s>" if family == "glm-130b" else "<|endoftext|>",
+                 "MASK": "[MASK]", "gMASK": "[gMASK]", "sMASK": "[sMASK]", "ENC": "[CLS]"}  # fmt: skip
+    if "special_ids" in args:
+        return {canonical.get(name, name): int(i) for name, i in args["special_ids"].items() if name != "pad"}
+    if family == "glm-130b" and config.vocab_size == 150528:
+        names = ("[MASK]", "[gMASK]", "[sMASK]", "eod", "<sop>", "<eop>", "[CLS]", "dBLOCK")
+        return {name: 150000 + i for i, name in enumerate(names)} | {"</s>": 20002}
+    if family == "glm-10b" and config.vocab_size == 50304:
+        ids = enumerate("<|endoftext|> <sop> <eop> [CLS] [MASK] [SEP] [UNK] [gMASK] [sMASK] dBLOCK".split(), 50256)
+        return {name: i for i, name in ids}
+    return {}
+
+
+def _template(path: Path) -> str | None:
+    """The chat template: chat_template.jinja, or in tokenizer_config.json (the default one of several)."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    try:
+        found = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError):
+        return None  # the tokenizer's own reader says what is wrong with the file
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,206 @@
+"""What a released folder is: its family and GLMConfig, read from config.json or model_args.json and tensor shapes.
+
+    python -m openglm inspect /path/to/chatglm3-6b
+
+Fields and tensor names decide, never the names of folders. Where a release leaves a fact to its code (ChatGLM-6B's
+alpha, how rope_ratio stretches a context), the fact is stated here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from openglm.config import GLMConfig, RopeConfig
+
+__all__ = ["KNOWN", "ignorable", "read_json", "released_config", "sat_config"]
+
+KNOWN = (
+    "ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2, GLM-4-9B, GLM-4V-9B (text) and CodeGeeX4 as released "
+    "(model_type chatglm), Hugging Face glm, glm4, llama, qwen2, GLM-130B and GLM-10B (mp_rank_*_model_states.pt), "
+    "GGUF files, and our own"
+)
+Shape = Callable[[str], tuple[int, ...]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object; fetch it again")
+    return value
+
+
+def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], shape: Shape) -> tuple[str, GLMConfig]:
+    """(key of `weights.FAMILIES`, config) from a config.json and the checkpoint's tensors.
+
+    Raises ValueError for an unknown architecture (listing the known ones) and for what no decoder here computes.
+    """
+    kind = c.get("model_type")
+    try:
+        if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
+            return "chatglm-6b", _chatglm_6b(c, shape)
+        if kind == "chatglm":
+            return "chatglm2", _chatglm2(c, folder, names)
+        if kind in ("glm", "glm4"):
+            return f"hf-{kind}", _hf_glm(c, kind, names)
+        if kind in ("llama", "qwen2"):
+            return "hf-llama", _hf_llama(c, kind, names)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]!r}: fetch it again") from None
+    raise ValueError(f"{folder / 'config.json'} has the unknown model_type {kind!r}; known: {KNOWN}")
+
+
+def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
+    heads, dim = c["num_attention_heads"], c["hidden_size"]
+    if not c.get("position_encoding_2d", True):
+        raise ValueError("config.json: position_encoding_2d false was never released and is not supported")
+    return GLMConfig(
+        vocab_size=shape("transformer.word_embeddings.weight")[0], dim=dim, n_layers=c["num_layers"], n_heads=heads,
+        n_kv_heads=heads, head_dim=dim // heads, ffn_dim=c.get("inner_hidden_size", 4 * dim),
+        max_seq_len=c["max_sequence_length"], norm="layer", norm_eps=c.get("layernorm_epsilon", 1e-5),
+        residual="normed",
+        # The released code builds its blocks with the default depth of 28, whatever num_layers says.
+        residual_alpha=(2 * 28) ** 0.5, mlp="gelu", linear_bias=True,
+        rope=RopeConfig(axes=2, freq_dtype="float16"), mask="prefix", tie_embeddings=True,
+    )  # fmt: skip
+
+
+def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str]) -> GLMConfig:
+    for field, only in (("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
+                        ("apply_residual_connection_post_layernorm", False)):  # fmt: skip
+        if c.get(field, only) is not only:
+            raise ValueError(f"config.json: {field} {c[field]} was never released and is not supported")
+    heads = c["num_attention_heads"]
+    ratio, scale = float(c.get("rope_ratio") or 1.0), 1.0
+    if ratio != 1.0 and _divides_positions(c, folder):
+        ratio, scale = 1.0, ratio
+    return GLMConfig(
+        vocab_size=c["padded_vocab_size"], dim=c["hidden_size"], n_layers=c["num_layers"], n_heads=heads,
+        n_kv_heads=c["multi_query_group_num"] if c.get("multi_query_attention", True) else heads,
+        head_dim=c["kv_channels"], ffn_dim=c["ffn_hidden_size"], max_seq_len=c["seq_length"],
+        norm_eps=c["layernorm_epsilon"], qkv_bias=c.get("add_qkv_bias", True),
+        rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
+        tie_embeddings="transformer.output_layer.weight" not in names,
+    )  # fmt: skip
+
+
+def _divides_positions(c: Mapping[str, Any], folder: Path) -> bool:
+    """Whether rope_ratio divides positions (ChatGLM2-6B-32K) or multiplies the base (ChatGLM3 and later).
+
+    The config's fields are the same, so the model code beside it is read (as text) where it is there: only the later
+    code computes with the base. Else the version of transformers that wrote the config tells the two releases apart.
+    """
+    code = folder / "modeling_chatglm.py"
+    if code.is_file():
+        text = code.read_text(encoding="utf-8", errors="replace").replace(" ", "")
+        return "base*self.rope_ratio" not in text and "base*rope_ratio" not in text
+    version = str(c.get("transformers_version", "")).split(".")
+    return version[:1] == ["4"] and len(version) > 1 and version[1].isdigit() and int(version[1]) < 30
+
+
+def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
+    """Rotary fields of a Hugging Face config: rope_theta and rope_scaling, or rope_parameters (transformers 5)."""
+    scaling = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    theta = float(scaling.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta, fraction=fraction)
+    if kind == "linear":
+        return RopeConfig(theta=theta, fraction=fraction, position_scale=float(scaling["factor"]))
+    if kind == "yarn":
+        context = int(scaling.get("original_max_position_embeddings") or c["max_position_embeddings"])
+        known = {"rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta",
+                 "partial_rotary_factor"}  # fmt: skip
+        if extra := sorted(set(scaling) - known):
+            raise ValueError(f"config.json: YaRN with {extra[0]} is not supported: only factor and original context")
+        return RopeConfig(theta=theta, fraction=fraction, yarn_factor=float(scaling["factor"]), yarn_context=context)
+    raise ValueError(f"config.json: rope_scaling of type {kind!r} is not supported; known: default, linear, yarn")
+
+
+def _hf_shape(c: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {c['hidden_act']!r} is not supported: only silu")
+    heads = c["num_attention_heads"]
+    return {
+        "vocab_size": c["vocab_size"], "dim": c["hidden_size"], "n_layers": c["num_hidden_layers"], "n_heads": heads,
+        "n_kv_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": c.get("head_dim") or c["hidden_size"] // heads, "ffn_dim": c["intermediate_size"],
+        "max_seq_len": c["max_position_embeddings"], "norm_eps": c["rms_norm_eps"],
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "tie_embeddings": bool(c.get("tie_word_embeddings", False)) or "lm_head.weight" not in names,
+    }  # fmt: skip
+
+
+def _hf_glm(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConfig:
+    parameters = c.get("rope_parameters") or {}
+    fraction = c.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 0.5))
+    return GLMConfig(**_hf_shape(c, names), sandwich=kind == "glm4", rope=_rope(c, fraction))
+
+
+def _hf_llama(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConfig:
+    if c.get("mlp_bias") or "model.layers.0.self_attn.o_proj.bias" in names:
+        raise ValueError("config.json: a Llama with biases outside of QKV is not supported")
+    if kind == "qwen2" and c.get("use_sliding_window") and c.get("max_window_layers", 0) < c["num_hidden_layers"]:
+        raise ValueError("config.json: use_sliding_window is not supported: set it to false to see all tokens")
+    fraction = c.get("partial_rotary_factor", (c.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0))
+    return GLMConfig(**_hf_shape(c, names), rope=_rope(c, fraction))
+
+
+def sat_config(args: Mapping[str, Any], names: frozenset[str], shape: Shape) -> tuple[str, GLMConfig]:
+    """(family, config) of model-parallel shards: GLM-130B, or the original GLM with its two tables of positions.
+
+    The shards hold no config: shapes tell it. args: model_args.json where it is there, to be held against the shapes.
+    """
+    if "transformer.block_position_embeddings.weight" in names:
+        family, embed = "glm-10b", "word_embeddings.weight"
+    elif "transformer.word_embeddings.weight" in names:
+        family, embed = "glm-130b", "transformer.word_embeddings.weight"
+    else:
+        raise ValueError(f"the shards hold neither GLM-130B nor the original GLM; known: {KNOWN}")
+    vocab, dim = shape(embed)
+    n_layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("transformer.layers."))
+    up = shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0]
+    found: dict[str, Any] = {"vocab_size": vocab, "hidden_size": dim, "num_layers": n_layers}
+    if family == "glm-10b":
+        head_dim = dim // args["num_attention_heads"] if "num_attention_heads" in args else 64  # of every released size
+        context = shape("transformer.position_embeddings.weight")[0] - 1
+        found["max_position_embeddings"] = context
+        config = GLMConfig(
+            vocab_size=vocab, dim=dim, n_layers=n_layers, n_heads=dim // head_dim, n_kv_heads=dim // head_dim,
+            head_dim=head_dim, ffn_dim=up, max_seq_len=context, norm="layer",
+            norm_eps=args.get("layernorm_epsilon", 1e-5), mlp="gelu", linear_bias=True, positions="learned",
+            mask="prefix", tie_embeddings=True,
+        )  # fmt: skip
+    else:
+        inv_freq = "transformer.layers.0.attention.rotary_emb.inv_freq"
+        head_dim = 2 * shape(inv_freq)[0] if inv_freq in names else 128
+        if "num_attention_heads" in args:
+            head_dim = dim // args["num_attention_heads"]
+        found["inner_hidden_size"] = up // 2
+        config = GLMConfig(
+            vocab_size=vocab, dim=dim, n_layers=n_layers, n_heads=dim // head_dim, n_kv_heads=dim // head_dim,
+            head_dim=head_dim, ffn_dim=up // 2, max_seq_len=args.get("max_sequence_length", 2048), norm="layer",
+            norm_eps=args.get("layernorm_epsilon", 1e-5), residual="normed", residual_alpha=math.sqrt(2 * n_layers),
+            mlp="geglu", linear_bias=True, rope=RopeConfig(freq_dtype="float16"), mask="prefix", tie_embeddings=True,
+        )  # fmt: skip
+    for key, value in found.items():
+        if key in args and args[key] != value:
+            raise ValueError(f"model_args.json says {key} {args[key]}, the shards hold {value}: they belong apart")
+    return family, config
+
+
+def ignorable(name: str, config: GLMConfig) -> bool:
+    """Tensors of released files that the model needs not: tables recomputed, copies of a tied head, other modules."""
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or name == "transformer.rotary_pos_emb.inv_freq"
+        or name.endswith(".attention.masked_bias")
+        or name.startswith(("transformer.vision.", "transformer.prefix_encoder."))
+        or (config.tie_embeddings and name in ("lm_head.weight", "transformer.output_layer.weight"))
+    )
