@@ -1,0 +1,244 @@
+"""GGUF models in: the config from the metadata, one name table an architecture, weights one tensor at a time.
+
+    python -c "from openglm.model.gguf import open_gguf; print(open_gguf('model.gguf').config)"
+
+Architectures chatglm (ChatGLM2/3, GLM-4, GLM-Edge, CodeGeeX), glm4 (0414, Z1), llama and qwen2. llama.cpp turns
+neighbouring rows of the query and key heads in all of them but qwen2, which has half-split heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from openglm.config import GLMConfig, RopeConfig
+from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.gguf_file import GgufFile
+from openglm.model.gguf_types import decode
+from openglm.model.weights import Family, Rotary, names_of
+from openglm.ops.quant import Weight
+
+__all__ = ["ARCHITECTURES", "GgufModel", "GgufSource", "family_of", "open_gguf"]
+
+ARCHITECTURES: dict[str, Rotary] = {"chatglm": "adjacent", "glm4": "adjacent", "llama": "adjacent", "qwen2": "half"}
+TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
+META_KEY = "openglm.meta"
+# Names under which released vocabularies hold tokens that end an answer, besides the ids in the metadata.
+STOP_TOKENS = {
+    "chatglm": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+    "glm4": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+    "llama": ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
+    "qwen2": ("<|im_end|>", "<|endoftext|>"),
+}
+CONTROL = 3  # token type of specials
+
+
+def family_of(architecture: str, fused_qkv: bool = False, fused_up: bool = False) -> Family:
+    """The name table of an architecture. fused_qkv, fused_up: q, k and v, or gate and up, are one tensor each."""
+    names = {
+        "norm1": ("attn_norm",),
+        "attn.qkv": ("attn_qkv",) if fused_qkv else ("attn_q", "attn_k", "attn_v"),
+        "attn.out": ("attn_output",),
+        "norm2": ("ffn_norm",),
+        "mlp.up": ("ffn_up",) if fused_up else ("ffn_gate", "ffn_up"),
+        "mlp.down": ("ffn_down",),
+    }
+    if architecture == "glm4":
+        names |= {"post_norm1": ("post_attention_norm",), "post_norm2": ("post_ffw_norm",)}
+    return Family("blk", TOP, names, rotary=ARCHITECTURES[architecture])
+
+
+class GgufSource:
+    """The weights of a GGUF file under their names there (a Source)."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+
+    def names(self) -> Iterable[str]:
+        return self.file.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[name].shape
+
+    def get(self, name: str) -> Weight:
+        """A tensor in memory of its own, quantised where our form holds its type. KeyError for an unknown name."""
+        entry = self.file.tensors[name]
+        weight = decode(entry.type, self.file.bytes_of(name), entry.shape)
+        self.file.release(name)
+        return weight
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """One GGUF file, opened: shape, name table, weights, and what else it says.
+
+    fields: all metadata as plain Python values. meta: what `openglm convert` wrote along, None in others' files.
+    """
+
+    config: GLMConfig
+    family: Family
+    source: GgufSource
+    fields: Mapping[str, Any]
+    meta: CheckpointMeta | None
+
+    @property
+    def architecture(self) -> str:
+        return self.fields["general.architecture"]
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.fields.get("tokenizer.chat_template")
+
+    @property
+    def tokenizer_fields(self) -> dict[str, Any]:
+        """The `tokenizer.` fields, for `Tokenizer.from_gguf`."""
+        return {key: value for key, value in self.fields.items() if key.startswith("tokenizer.")}
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the metadata's, then control tokens known by name."""
+        if self.meta is not None and self.meta.stop_ids:
+            return self.meta.stop_ids
+        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+        ids = [int(self.fields[key]) for key in keys if key in self.fields]
+        tokens: list[str] = self.fields.get("tokenizer.ggml.tokens", [])
+        kinds: list[int] = self.fields.get("tokenizer.ggml.token_type", [])
+        for name in STOP_TOKENS[self.architecture]:
+            if name in tokens and tokens.index(name) < len(kinds) and kinds[tokens.index(name)] == CONTROL:
+                ids.append(tokens.index(name))
+        return tuple(dict.fromkeys(ids))
+
+
+def open_gguf(path: str | Path) -> GgufModel:
+    """Open a GGUF file; its weights are read when they are asked for.
+
+    Raises ValueError in one line: no GGUF, damaged, an unknown architecture, a tensor type or a trait of the model
+    that is not supported, a tensor missing or left over.
+    """
+    file = GgufFile(path)
+    fields, names = file.fields, file.tensors.keys()
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path} has architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"{path} is one of {fields['split.count']} parts: join them (llama-gguf-split --merge)")
+    family = family_of(architecture, "blk.0.attn_qkv.weight" in names, "blk.0.ffn_gate.weight" not in names)
+    try:
+        config = _config(architecture, fields, file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _check(file, family, config)
+    return GgufModel(config, family, GgufSource(file), fields, _meta(path, fields))
+
+
+def _meta(path: str | Path, fields: Mapping[str, Any]) -> CheckpointMeta | None:
+    if META_KEY not in fields:
+        return None
+    try:
+        values = json.loads(fields[META_KEY])
+        return CheckpointMeta(**values | {"stop_ids": tuple(values["stop_ids"])})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} has a damaged field {META_KEY}: convert it again") from None
+
+
+# -------------------------------------------------------------------- metadata
+
+
+class _Metadata:
+    """Typed look-ups below the architecture's prefix."""
+
+    def __init__(self, architecture: str, fields: Mapping[str, Any]) -> None:
+        self.architecture, self.fields = architecture, fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value; the one value of a list with an entry a layer. Raises ValueError if it is needed and not there."""
+        value = self.fields.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise ValueError(f"the metadata lacks {self.architecture}.{key}: fetch the file again")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ValueError(f"layers differ in {self.architecture}.{key}, which is not supported")
+            value = value[0]
+        return value
+
+    def refuse(self, key: str, what: str, allowed: tuple[Any, ...] = (0,)) -> None:
+        value = self.fields.get(f"{self.architecture}.{key}", allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{what} ({self.architecture}.{key} = {value}) not supported")
+
+
+def _config(architecture: str, fields: Mapping[str, Any], file: GgufFile) -> GLMConfig:
+    meta = _Metadata(architecture, fields)
+    meta.refuse("expert_count", "a mixture of experts is")
+    meta.refuse("attention.sliding_window", "a sliding attention window is")
+    for tensor in ("token_embd.weight", "output_norm.weight"):
+        if tensor not in file.tensors:
+            raise ValueError(f"the tensor {tensor} is missing: fetch the file again")
+    dim, n_heads = int(meta.get("embedding_length")), int(meta.get("attention.head_count"))
+    head_dim = int(meta.get("attention.key_length", dim // max(n_heads, 1)))
+    meta.refuse("attention.value_length", "values of another length than keys are", (head_dim,))
+    return GLMConfig(
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        dim=dim,
+        n_layers=int(meta.get("block_count")),
+        n_heads=n_heads,
+        n_kv_heads=int(meta.get("attention.head_count_kv", n_heads)),
+        head_dim=head_dim,
+        ffn_dim=int(meta.get("feed_forward_length")),
+        max_seq_len=int(meta.get("context_length")),
+        norm_eps=_rounded(meta.get("attention.layer_norm_rms_epsilon")),
+        sandwich=architecture == "glm4",
+        qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & file.tensors.keys()),
+        rope=_rope(meta, head_dim, file),
+        tie_embeddings="output.weight" not in file.tensors,
+    )
+
+
+def _rope(meta: _Metadata, head_dim: int, file: GgufFile) -> RopeConfig:
+    meta.refuse("rope.dimension_sections", "rotary sections of a multimodal model are", ([],))
+    if "rope_freqs.weight" in file.tensors:
+        freqs = decode(file.tensors["rope_freqs.weight"].type, file.bytes_of("rope_freqs.weight"), (-1,))
+        assert not hasattr(freqs, "scale")
+        if (freqs != 1).any():
+            raise ValueError("frequency factors (the tensor rope_freqs.weight, as in Llama 3.1) are not supported")
+    n_rotated = int(meta.get("rope.dimension_count", head_dim))
+    rope = RopeConfig(theta=_rounded(meta.get("rope.freq_base", 10000.0)), fraction=n_rotated / head_dim)
+    kind = meta.get("rope.scaling.type", "none")
+    factor = _rounded(meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)))
+    if kind == "yarn":
+        meta.refuse("rope.scaling.attn_factor", "another attention factor of YaRN is", (1.0,))
+        meta.refuse("rope.scaling.yarn_attn_factor", "another attention factor of YaRN is", (1.0,))
+        meta.refuse("rope.scaling.yarn_ext_factor", "another extrapolation factor of YaRN is", (1.0, -1.0))
+        return replace(rope, yarn_factor=factor, yarn_context=int(meta.get("rope.scaling.original_context_length")))
+    if kind not in ("none", "linear"):
+        raise ValueError(f"rotary scaling {kind!r} is not supported; none, linear and yarn are")
+    return replace(rope, position_scale=factor)
+
+
+def _rounded(value: float) -> float:
+    """The short decimal number that a float32 of the metadata was made from: 1e-05, not 9.999999747378752e-06."""
+    return float(f"{float(value):.7g}")
+
+
+def _check(file: GgufFile, family: Family, config: GLMConfig) -> None:
+    """Every tensor that the config needs is there, none is left over, and their shapes fit."""
+    c, table = config, names_of(family, config)
+    wanted = {name for theirs in table.values() for name in theirs}
+    if missing := sorted(wanted - file.tensors.keys()):
+        raise ValueError(f"{file.path} lacks the tensor {missing[0]} and {len(missing) - 1} more: fetch it again")
+    if extra := sorted(file.tensors.keys() - wanted - {"rope_freqs.weight"}):
+        raise ValueError(f"{file.path} holds the tensor {extra[0]}, which this architecture has no place for")
+    shapes = {
+        "embed": (c.vocab_size, c.dim), "head": (c.vocab_size, c.dim), "qkv": (c.qkv_dim, c.dim),
+        "out": (c.dim, c.n_heads * c.head_dim), "up": (2 * c.ffn_dim, c.dim), "down": (c.dim, c.ffn_dim),
+    }  # fmt: skip
+    for ours, theirs in table.items():
+        *_, layer, part = ours.split(".")
+        shape = shapes.get(layer, (c.dim, 0)) if part == "weight" else (shapes[layer][0], 0)
+        found = [file.tensors[name].shape for name in theirs]
+        if sum(s[0] for s in found) != shape[0] or any((*s[1:], 0)[0] != shape[1] for s in found):
+            raise ValueError(f"{file.path}: {theirs[0]} has shape {found[0]}, which does not fit the metadata")

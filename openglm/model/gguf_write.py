@@ -1,0 +1,208 @@
+"""GGUF models out: llama.cpp loads them. Weights stream through, one tensor at a time.
+
+    python -m openglm convert MODEL model.gguf --format gguf
+
+The table of tensors has one size whatever their types, so space for it is left in front of the bytes and it is written
+last: a tensor's type may depend on the weight that comes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from openglm.config import GLMConfig
+from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.gguf import META_KEY, TOP, family_of
+from openglm.model.gguf_file import ARRAY, MAGIC, SCALARS, STRING
+from openglm.model.gguf_types import TYPES, encode, kept_type
+from openglm.model.weights import export_weights, names_of
+from openglm.ops.quant import QuantTensor, Weight
+
+__all__ = ["FILE_TYPES", "architecture_of", "write_gguf"]
+
+ALIGNMENT = 32
+VERSION = 3
+QUANTISATION_VERSION = 2
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers for a whole file
+# Sampling defaults that the format has fields for.
+SAMPLING = {"temperature": "general.sampling.temp", "top_k": "general.sampling.top_k", "top_p": "general.sampling.top_p"}
+
+
+def architecture_of(config: GLMConfig) -> str:
+    """The architecture that computes what the config says. Raises ValueError where GGUF has none."""
+    wanted = {
+        "mask": "causal", "positions": "rope", "norm": "rms", "residual": "stream", "mlp": "swiglu",
+        "linear_bias": False,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"GGUF has no architecture with {name} {getattr(config, name)!r}: convert to openglm or sat instead"
+            )
+    rope = config.rope
+    if rope.freq_dtype != "float32" or (rope.yarn_factor > 1 and rope.position_scale > 1):
+        raise ValueError("GGUF cannot express these rotary frequencies (rounded to half, or scaled twice)")
+    if config.sandwich:
+        return "glm4"
+    if rope.fraction < 1:
+        return "chatglm"
+    return "qwen2" if config.qkv_bias else "llama"
+
+
+def write_gguf(
+    path: str | Path,
+    config: GLMConfig,
+    meta: CheckpointMeta,
+    weights: Iterable[tuple[str, Weight]],
+    tokenizer_fields: Mapping[str, Any],
+    type: str = "F16",
+    chat_template: str | None = None,
+) -> None:
+    """Write a model. weights: (our name, weight in our order), each once, in any order.
+
+    type: of the matrices: F32, F16, BF16, Q8_0 or Q4_0 (then the output matrix is Q8_0). With Q8_0 and Q4_0 a weight
+    that is quantised in a form GGUF has (groups of 32) is kept bit for bit, and rows that do not split into groups
+    of 32 become F16. Norms and biases are F32.
+    Raises ValueError for a config that GGUF cannot express. An existing file is replaced when the new one is complete.
+    """
+    if type not in FILE_TYPES:
+        raise ValueError(f"GGUF files are written as {', '.join(FILE_TYPES)}, not {type}")
+    architecture = architecture_of(config)
+    fused_up = architecture in ("chatglm", "glm4")
+    family = family_of(architecture, fused_up=fused_up)
+    names = [name for theirs in names_of(family, config).values() for name in theirs]
+    fields = _fields(architecture, config, meta, type) | dict(tokenizer_fields)
+    if chat_template is not None:
+        fields["tokenizer.chat_template"] = chat_template
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            _write(file, fields, names, export_weights(family, config, weights), type, config.tie_embeddings)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fields(architecture: str, config: GLMConfig, meta: CheckpointMeta, type: str) -> dict[str, Any]:
+    c, a = config, architecture
+    fields: dict[str, Any] = {
+        "general.architecture": a,
+        "general.file_type": FILE_TYPES[type],
+        "general.quantization_version": QUANTISATION_VERSION,
+        f"{a}.block_count": c.n_layers,
+        f"{a}.context_length": c.max_seq_len,
+        f"{a}.embedding_length": c.dim,
+        f"{a}.feed_forward_length": c.ffn_dim,
+        f"{a}.attention.head_count": c.n_heads,
+        f"{a}.attention.head_count_kv": c.n_kv_heads,
+        f"{a}.attention.key_length": c.head_dim,
+        f"{a}.attention.value_length": c.head_dim,
+        f"{a}.attention.layer_norm_rms_epsilon": float(c.norm_eps),
+        f"{a}.rope.dimension_count": c.rotary_dim,
+        f"{a}.rope.freq_base": float(c.rope.theta),
+        f"{a}.vocab_size": c.vocab_size,
+        META_KEY: json.dumps(asdict(meta), ensure_ascii=False),
+    }
+    if c.rope.position_scale > 1:
+        fields |= {f"{a}.rope.scaling.type": "linear", f"{a}.rope.scaling.factor": float(c.rope.position_scale)}
+    if c.rope.yarn_factor > 1:
+        fields |= {
+            f"{a}.rope.scaling.type": "yarn",
+            f"{a}.rope.scaling.factor": float(c.rope.yarn_factor),
+            f"{a}.rope.scaling.original_context_length": c.rope.yarn_context,
+        }
+    for name, key in SAMPLING.items():
+        if name in meta.generation:
+            fields[key] = int(meta.generation[name]) if name == "top_k" else float(meta.generation[name])
+    for kind, stop in zip(("eos", "eot", "eom"), meta.stop_ids, strict=False):
+        fields[f"tokenizer.ggml.{kind}_token_id"] = stop
+    return fields
+
+
+# -------------------------------------------------------------------- bytes
+
+
+def _write(
+    file: BinaryIO,
+    fields: Mapping[str, Any],
+    names: list[str],
+    weights: Iterable[tuple[str, Weight]],
+    type: str,
+    tied: bool,
+) -> None:
+    file.write(MAGIC + struct.pack("<IQQ", VERSION, len(names), len(fields)))
+    for key, value in fields.items():
+        file.write(_string(key) + _value(value))
+    table_at = file.tell()
+    # Every matrix has two dimensions, everything else one: the table's size is known before its contents.
+    table_size = sum(len(_entry(name, (0, 0) if _is_matrix(name) else (0,), 0, 0)) for name in names)
+    start = -(-(table_at + table_size) // ALIGNMENT) * ALIGNMENT
+    file.seek(start)
+    table: dict[str, bytes] = {}
+    for name, weight in weights:
+        stored = _stored_type(name, weight, type, tied)
+        table[name] = _entry(name, tuple(weight.shape), TYPES[stored].id, file.tell() - start)
+        for data in encode(stored, weight):
+            file.write(data)
+        file.write(bytes(-file.tell() % ALIGNMENT))
+    assert table.keys() == set(names), f"weights not given: {sorted(set(names) - table.keys())}"
+    file.seek(table_at)
+    file.write(b"".join(table.values()))
+    assert file.tell() == table_at + table_size
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith(".weight") and "norm" not in name
+
+
+def _stored_type(name: str, weight: Weight, type: str, tied: bool) -> str:
+    if not _is_matrix(name):
+        return "F32"
+    if type not in ("Q8_0", "Q4_0"):
+        return type
+    if isinstance(weight, QuantTensor) and (kept := kept_type(weight)) is not None:
+        return kept
+    if weight.shape[1] % 32:
+        return "F16"
+    is_head = name == f"{TOP['embed' if tied else 'head']}.weight"
+    return "Q8_0" if is_head else type
+
+
+def _entry(name: str, shape: tuple[int, ...], type_id: int, offset: int) -> bytes:
+    return _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], type_id, offset)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """A typed value; the items of a list have the first one's type, and its integers are signed."""
+    if isinstance(value, list):
+        kind = _kind(value[0], signed=True) if value else 5
+        items = b"".join(map(_string, value)) if kind == STRING else struct.pack(f"<{len(value)}{SCALARS[kind]}", *value)
+        return struct.pack("<IIQ", ARRAY, kind, len(value)) + items
+    kind = _kind(value)
+    return struct.pack("<I", kind) + (_string(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value))
+
+
+def _kind(value: Any, signed: bool = False) -> int:
+    if isinstance(value, bool):
+        return 7
+    if isinstance(value, int):
+        return 5 if signed or value < 0 else 4
+    if isinstance(value, float):
+        return 6
+    assert isinstance(value, str), f"GGUF has no type for {value!r}"
+    return STRING
