@@ -100,7 +100,7 @@ def test_specials_come_last_and_only_marked_text_has_them(tiny_tokenizer: Tokeni
 
 def test_text_is_cut_as_glm4_cuts_it(tiny_tokenizer: Tokenizer) -> None:
     def pieces(text: str) -> list[str]:
-        return [text[a:b] for _, (a, b) in tiny_tokenizer._bpe.pre_tokenizer.pre_tokenize_str(text)]
+        return [text[a:b] for _, (a, b) in tiny_tokenizer._backend._bpe.pre_tokenizer.pre_tokenize_str(text)]
 
     assert pieces("1234567 I'LL they've") == ["123", "456", "7", " I", "'LL", " they", "'ve"]
     assert pieces("你好，世界 42!\n\n  x") == ["你好", "，世界", " ", "42", "!\n\n", " ", " x"]
@@ -128,7 +128,7 @@ def test_merges_agree_with_a_plain_implementation(tiny_tokenizer: Tokenizer) -> 
 
     for text in ("The blank sentences they filled in 1998", "人工智能的首都，和后面的文化！", "couldn't  \n\n fly 🎉"):
         expected = []
-        for piece, _ in tiny_tokenizer._bpe.pre_tokenizer.pre_tokenize_str(text):
+        for piece, _ in tiny_tokenizer._backend._bpe.pre_tokenizer.pre_tokenize_str(text):
             expected += encode_piece(list(piece))
         assert tiny_tokenizer.encode(text) == expected
 

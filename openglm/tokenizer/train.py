@@ -8,16 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from openglm.tokenizer.bytes import symbol_of_byte
+from openglm.tokenizer.patterns import SPLIT
 from openglm.tokenizer.tokenizer import CONFIG_FILE, MODEL_FILE, SPECIALS, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-# How GLM-4 cuts text before merging: contractions, words with one leading mark, digits in threes, punctuation, blanks.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 MIN_VOCAB = 256 + len(SPECIALS)
 
 

@@ -1,0 +1,102 @@
+"""The tokenizer inside a GGUF file: from the `tokenizer.ggml.*` fields to files that `Tokenizer` reads.
+
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": [...], ...}
+    Tokenizer.from_gguf(fields)
+
+"gpt2" is byte-level BPE cut the way that `.pre` names; "llama" is SentencePiece BPE with scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openglm.tokenizer.backend import SPECIALS, canonical_name
+from openglm.tokenizer.bpe import added_token, byte_level_json, tiktoken_of
+from openglm.tokenizer.patterns import GGUF_ADDS_BOS, GGUF_SPLITS, GGUF_WHOLE_WORDS
+from openglm.tokenizer.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, write_bpe_model
+from openglm.tokenizer.tiktoken import write_ranks
+
+PREFIX = "tokenizer.ggml."
+
+
+def files_of_gguf(fields: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Vocabulary files, and the content of tokenizer_config.json: kind, special_ids, prefix_ids and more.
+
+    Raises ValueError, naming it, for a field that is missing or a vocabulary kind that is not read.
+    """
+    model = _need(fields, "model")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f'GGUF tokenizer: {PREFIX}model is {model!r}; "gpt2" and "llama" are read')
+    tokens = [str(t) for t in _need(fields, "tokens")]
+    types = [int(t) for t in fields.get(PREFIX + "token_type") or [NORMAL] * len(tokens)]
+    if len(types) != len(tokens):
+        raise ValueError(f"GGUF tokenizer: {len(tokens)} tokens but {len(types)} token types; the file is damaged")
+    # Converters fill the table up to the embedding's rows; those entries are of the type "unused".
+    n = max((i + 1 for i, kind in enumerate(types) if kind != UNUSED), default=0)
+    tokens, types = tokens[:n], types[:n]
+    types = [CONTROL if t in SPECIALS else kind for t, kind in zip(tokens, types, strict=True)]
+    special = {canonical_name(t): i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL}
+    if model == "llama":
+        files, config = _sentencepiece(fields, tokens, types)
+    else:
+        files, config = _bpe(fields, tokens, types)
+    if isinstance(template := fields.get("tokenizer.chat_template"), str):
+        config["chat_template"] = template
+    config["special_ids"] = special
+    config["prefix_ids"] = _prefix_ids(fields, n, model)
+    return files, config
+
+
+def _need(fields: Mapping[str, Any], name: str) -> Any:
+    if fields.get(PREFIX + name) is None:
+        raise ValueError(f"GGUF file without a tokenizer: {PREFIX}{name} is missing")
+    return fields[PREFIX + name]
+
+
+def _prefix_ids(fields: Mapping[str, Any], n: int, model: str) -> list[int]:
+    default = model == "llama" or fields.get(PREFIX + "pre") in GGUF_ADDS_BOS
+    adds = fields.get(PREFIX + "add_bos_token")
+    bos = fields.get(PREFIX + "bos_token_id")
+    wanted = default if adds is None else bool(adds)
+    return [int(bos)] if wanted and bos is not None and 0 <= int(bos) < n else []
+
+
+def _sentencepiece(
+    fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    scores = [float(s) for s in _need(fields, "scores")]
+    if len(scores) < len(tokens):
+        raise ValueError(f"GGUF tokenizer: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
+    prefix = fields.get(PREFIX + "add_space_prefix")
+    if UNKNOWN not in types:  # the library needs one
+        unknown = fields.get(PREFIX + "unknown_token_id")
+        types = [UNKNOWN if i == int(unknown or 0) else kind for i, kind in enumerate(types)]
+    pieces = list(zip(tokens, scores, types, strict=False))
+    model = write_bpe_model(pieces, dummy_prefix=prefix is None or bool(prefix))
+    return {"tokenizer.model": model}, {"kind": "sentencepiece"}
+
+
+def _bpe(
+    fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    pre = fields.get(PREFIX + "pre") or "default"
+    if pre not in GGUF_SPLITS:
+        raise ValueError(f"GGUF tokenizer: unknown {PREFIX}pre {pre!r}; known are {', '.join(GGUF_SPLITS)}")
+    merges = [tuple(str(m).split(" ")) for m in _need(fields, "merges")]
+    vocab: dict[str, int] = {}
+    matched: dict[str, int] = {}
+    added = []
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind in (CONTROL, USER_DEFINED):
+            added.append(added_token(i, token, kind == CONTROL))
+            matched |= {token: i} if kind == USER_DEFINED else {}
+        else:
+            vocab[token] = i
+    config = byte_level_json(vocab, merges, GGUF_SPLITS[pre], added, pre in GGUF_WHOLE_WORDS)
+    fast = tiktoken_of(config)
+    if fast is not None:
+        ranks, split = fast
+        return {"tokenizer.model": write_ranks(ranks)}, {"kind": "tiktoken", "split": split, "matched": matched}
+    return {"tokenizer.json": json.dumps(config, ensure_ascii=False).encode()}, {"kind": "json"}
