@@ -9,11 +9,13 @@ line of stdout is one JSON object; progress goes to stderr.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openglm.cli_options import (
     Parser,
@@ -217,7 +219,7 @@ def _prepare(o: argparse.Namespace) -> int:
 
     tokenizer = o.tokenizer
     if tokenizer is None:
-        from openglm.chat import resolve
+        from openglm.loading import resolve
 
         tokenizer = resolve(None)
     data = prepare(o.sources, tokenizer, o.out, workers=o.workers, field=o.field)
@@ -248,23 +250,22 @@ def _tokenizer_train(o: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_lazy(name: str) -> tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int]]:
-    """Options and runner of a verb in cli_inspect.py, imported when it is used."""
+def _lazy(name: str, module: str) -> tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int]]:
+    """Options and runner of a verb in a module of its own, imported when it is used."""
+
+    def part(kind: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"openglm.{module}"), f"{name}_{kind}")
 
     def options(p: Parser) -> None:
-        from openglm import cli_inspect
-
-        getattr(cli_inspect, f"{name}_options")(p)
+        part("options")(p)
         common_options(p)
 
     def run(o: argparse.Namespace) -> int:
-        from openglm import cli_inspect
-
-        value = getattr(cli_inspect, f"{name}_value")(o)
+        value = part("value")(o)
         if o.json:
             print_json(value)
         else:
-            getattr(cli_inspect, f"{name}_print")(value)
+            part("print")(value)
         return 0
 
     return options, run
@@ -278,11 +279,12 @@ COMMANDS: dict[str, Command] = {
     "perplexity": Command("measure how well a model predicts a text", _perplexity_options, _perplexity),
     "train": Command("train as a run config says", _train_options, _train),
     "data prepare": Command("turn text into token shards", _prepare_options, _prepare),
-    "data check": Command("show examples as the model is trained on them", *_inspect_lazy("check")),
+    "data check": Command("show examples as the model is trained on them", *_lazy("check", "cli_inspect")),
     "tokenizer train": Command("train a tokenizer", _tokenizer_options, _tokenizer_train),
-    "inspect": Command("show what a model is, without loading its weights", *_inspect_lazy("inspect")),
-    "inspect prompt": Command("show a conversation as the model sees it", *_inspect_lazy("prompt")),
-    "doctor": Command("show what this machine and installation can do", *_inspect_lazy("doctor")),
+    "inspect": Command("show what a model is, without loading its weights", *_lazy("inspect", "cli_inspect")),
+    "inspect prompt": Command("show a conversation as the model sees it", *_lazy("prompt", "cli_inspect")),
+    "plan": Command("say whether a model fits on given devices, and how fast it can be", *_lazy("plan", "cli_plan")),
+    "doctor": Command("show what this machine and installation can do", *_lazy("doctor", "cli_inspect")),
 }
 
 
