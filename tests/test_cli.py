@@ -32,6 +32,8 @@ SURFACE = {
     "tokenizer train": ["sources", "--vocab-size", "--out", "--field", "--sample-bytes", "--json"],
     "inspect": ["model", "--json"],
     "inspect prompt": ["model", "messages", "--json"],
+    "plan": ["model", "--devices", "--precision", "--quantize", "--group", "--quantize-embeddings", "--kv", "--context",
+             "--batch", "--tp", "--chunk", "--json"],
     "doctor": ["--json"],
 }  # fmt: skip
 
@@ -131,7 +133,7 @@ def test_our_faults_exit_1_and_show_the_place_on_demand(cli: Cli, monkeypatch: p
     def broken(reference: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("openglm.chat.resolve", broken)
+    monkeypatch.setattr("openglm.loading.resolve", broken)
     code, _, err = cli("inspect")
     assert code == 1 and err == "openglm: error: RuntimeError: two lines (--debug shows where)\n"
     code, _, err = cli("inspect", "--debug")
