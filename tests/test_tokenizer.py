@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -98,9 +99,16 @@ def test_specials_come_last_and_only_marked_text_has_them(tiny_tokenizer: Tokeni
         t.encode_marked("x", ["<nope>"])
 
 
+def _library(tokenizer: Tokenizer) -> Any:
+    """The same vocabulary in the `tokenizers` library."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tokenizer.files[MODEL_FILE].decode())
+
+
 def test_text_is_cut_as_glm4_cuts_it(tiny_tokenizer: Tokenizer) -> None:
     def pieces(text: str) -> list[str]:
-        return [text[a:b] for _, (a, b) in tiny_tokenizer._backend._bpe.pre_tokenizer.pre_tokenize_str(text)]
+        return [text[a:b] for _, (a, b) in _library(tiny_tokenizer).pre_tokenizer.pre_tokenize_str(text)]
 
     assert pieces("1234567 I'LL they've") == ["123", "456", "7", " I", "'LL", " they", "'ve"]
     assert pieces("你好，世界 42!\n\n  x") == ["你好", "，世界", " ", "42", "!\n\n", " ", " x"]
@@ -128,7 +136,7 @@ def test_merges_agree_with_a_plain_implementation(tiny_tokenizer: Tokenizer) -> 
 
     for text in ("The blank sentences they filled in 1998", "人工智能的首都，和后面的文化！", "couldn't  \n\n fly 🎉"):
         expected = []
-        for piece, _ in tiny_tokenizer._backend._bpe.pre_tokenizer.pre_tokenize_str(text):
+        for piece, _ in _library(tiny_tokenizer).pre_tokenizer.pre_tokenize_str(text):
             expected += encode_piece(list(piece))
         assert tiny_tokenizer.encode(text) == expected
 

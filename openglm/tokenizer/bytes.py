@@ -9,7 +9,8 @@ from __future__ import annotations
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [b for b in range(256) if b not in set(_VISIBLE)]
 _SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(0x100 + i) for i, b in enumerate(_HIDDEN)}
-_BYTES = {symbol: b for b, symbol in _SYMBOLS.items()}
+# To Latin-1, byte for byte; Latin-1 characters that stand for nothing go where Latin-1 cannot follow.
+_LATIN1 = {b: "\uffff" for b in _HIDDEN} | {ord(symbol): chr(b) for b, symbol in _SYMBOLS.items()}
 
 
 def symbol_of_byte(byte: int) -> str:
@@ -20,6 +21,6 @@ def symbol_of_byte(byte: int) -> str:
 def bytes_of_symbol(symbol: str) -> bytes:
     """The bytes that a vocabulary entry stands for. Raises ValueError for a character outside the alphabet."""
     try:
-        return bytes(_BYTES[c] for c in symbol)
-    except KeyError as error:
+        return symbol.translate(_LATIN1).encode("latin-1")
+    except UnicodeEncodeError as error:
         raise ValueError(f"vocabulary entry {symbol!r} is not written in the byte alphabet") from error

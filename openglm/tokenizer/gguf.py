@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: from the `tokenizer.ggml.*` fields to files that `Tokenizer` reads.
+"""The tokenizer inside a GGUF file, from its `tokenizer.ggml.*` fields.
 
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": [...], ...}
     Tokenizer.from_gguf(fields)
@@ -9,22 +9,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from openglm.tokenizer.backend import SPECIALS, canonical_name
-from openglm.tokenizer.bpe import added_token, byte_level_json, tiktoken_of
+from openglm.tokenizer.backend import SPECIALS, Backend, canonical_name
+from openglm.tokenizer.bpe import added_token, byte_level_json, load_json, tiktoken_of
 from openglm.tokenizer.patterns import GGUF_ADDS_BOS, GGUF_SPLITS, GGUF_WHOLE_WORDS
-from openglm.tokenizer.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, write_bpe_model
-from openglm.tokenizer.tiktoken import write_ranks
+from openglm.tokenizer.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePiece,
+    write_bpe_model,
+)
+from openglm.tokenizer.tiktoken import Tiktoken, write_ranks
 
 PREFIX = "tokenizer.ggml."
 
 
-def files_of_gguf(fields: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Vocabulary files, and the content of tokenizer_config.json: kind, special_ids, prefix_ids and more.
+class GgufTokenizer(NamedTuple):
+    """files: makes the vocabulary files. config: kind, special_ids, prefix_ids and more, for tokenizer_config.json."""
 
-    Raises ValueError, naming it, for a field that is missing or a vocabulary kind that is not read.
+    backend: Backend
+    files: Callable[[], dict[str, bytes]]
+    config: dict[str, Any]
+
+
+def open_gguf(fields: Mapping[str, Any]) -> GgufTokenizer:
+    """Raises ValueError, naming it, for a field that is missing or a vocabulary kind that is not read.
     """
     model = _need(fields, "model")
     if model not in ("gpt2", "llama"):
@@ -39,14 +53,15 @@ def files_of_gguf(fields: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str
     types = [CONTROL if t in SPECIALS else kind for t, kind in zip(tokens, types, strict=True)]
     special = {canonical_name(t): i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL}
     if model == "llama":
-        files, config = _sentencepiece(fields, tokens, types)
+        opened = _sentencepiece(fields, tokens, types)
     else:
-        files, config = _bpe(fields, tokens, types)
+        opened = _bpe(fields, tokens, types)
+    config = opened.config
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
     config["special_ids"] = special
     config["prefix_ids"] = _prefix_ids(fields, n, model)
-    return files, config
+    return opened
 
 
 def _need(fields: Mapping[str, Any], name: str) -> Any:
@@ -65,7 +80,7 @@ def _prefix_ids(fields: Mapping[str, Any], n: int, model: str) -> list[int]:
 
 def _sentencepiece(
     fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+) -> GgufTokenizer:
     scores = [float(s) for s in _need(fields, "scores")]
     if len(scores) < len(tokens):
         raise ValueError(f"GGUF tokenizer: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
@@ -75,12 +90,12 @@ def _sentencepiece(
         types = [UNKNOWN if i == int(unknown or 0) else kind for i, kind in enumerate(types)]
     pieces = list(zip(tokens, scores, types, strict=False))
     model = write_bpe_model(pieces, dummy_prefix=prefix is None or bool(prefix))
-    return {"tokenizer.model": model}, {"kind": "sentencepiece"}
+    return GgufTokenizer(SentencePiece(model), lambda: {"tokenizer.model": model}, {"kind": "sentencepiece"})
 
 
 def _bpe(
     fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+) -> GgufTokenizer:
     pre = fields.get(PREFIX + "pre") or "default"
     if pre not in GGUF_SPLITS:
         raise ValueError(f"GGUF tokenizer: unknown {PREFIX}pre {pre!r}; known are {', '.join(GGUF_SPLITS)}")
@@ -97,6 +112,8 @@ def _bpe(
     config = byte_level_json(vocab, merges, GGUF_SPLITS[pre], added, pre in GGUF_WHOLE_WORDS)
     fast = tiktoken_of(config)
     if fast is not None:
-        ranks, split = fast
-        return {"tokenizer.model": write_ranks(ranks)}, {"kind": "tiktoken", "split": split, "matched": matched}
-    return {"tokenizer.json": json.dumps(config, ensure_ascii=False).encode()}, {"kind": "json"}
+        ranks, split, matched = fast
+        settings: dict[str, Any] = {"kind": "tiktoken", "split": split, "matched": matched}
+        return GgufTokenizer(Tiktoken(*fast), lambda: {"tokenizer.model": write_ranks(ranks)}, settings)
+    content = json.dumps(config, ensure_ascii=False).encode()
+    return GgufTokenizer(load_json(config).backend, lambda: {"tokenizer.json": content}, {"kind": "json"})

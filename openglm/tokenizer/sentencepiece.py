@@ -45,12 +45,14 @@ class SentencePiece:
         self.dummy_prefix = self._processor.normalize("a").startswith(METASPACE)
 
     def encode(self, text: str, dummy_prefix: bool = True) -> list[int]:
+        text.encode()  # lone surrogates: UnicodeEncodeError instead of the library's own
         processor = self._processor if dummy_prefix or not self.dummy_prefix else self._unprefixed
         return processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if n_threads() == 1:
             return [self.encode(text) for text in texts]
+        "".join(texts).encode()
         return self._processor.encode(list(texts), num_threads=n_threads())
 
     def id_of(self, piece: str) -> int | None:

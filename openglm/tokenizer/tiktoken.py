@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from openglm.tokenizer.backend import n_threads
 from openglm.tokenizer.patterns import SPLIT
+
+LONG_BLANK = 100_000
+LONG_BLANK_RUN = re.compile(rf"\s{{{LONG_BLANK}}}")
 
 
 class Tiktoken:
@@ -34,24 +38,38 @@ class Tiktoken:
         if single < 256:
             raise ValueError(f"the tiktoken file holds {single} of the 256 single bytes, so it cannot encode any text")
         self._ranks = ranks
+        self._split = split
         self._matched = dict(matched or {})
+        names = sorted(self._matched, key=len, reverse=True)
+        self._marks = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self.n_ids = max([*ranks.values(), *self._matched.values()]) + 1
-        self._encoding = tiktoken.Encoding(
-            "openglm", pat_str=split, mergeable_ranks=dict(ranks), special_tokens=self._matched
-        )
+        self._encoding = tiktoken.Encoding("openglm", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
 
     def encode(self, text: str, dummy_prefix: bool = True) -> list[int]:
         text.encode()  # the library would replace lone surrogates without a word; this raises UnicodeEncodeError
-        if self._matched:
-            return self._encoding.encode(text, allowed_special="all", disallowed_special=())
-        return self._encoding.encode_ordinary(text)
+        if self._marks is None:
+            return self._encode_ordinary(text)
+        ids: list[int] = []
+        for i, piece in enumerate(self._marks.split(text)):
+            if i % 2:
+                ids.append(self._matched[piece])
+            elif piece:
+                ids += self._encode_ordinary(piece)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         threads = n_threads()
-        if threads == 1 or self._matched:
+        if threads == 1 or self._marks is not None or any(_has_long_blank(text) for text in texts):
             return [self.encode(text) for text in texts]
         "".join(texts).encode()
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        if not _has_long_blank(text):
+            return self._encoding.encode_ordinary(text)
+        import regex  # tiktoken's own dependency; it cuts such text without a limit
+
+        return [i for piece in regex.findall(self._split, text) for i in self._encoding._encode_single_piece(piece)]
 
     @cached_property
     def table(self) -> list[bytes]:
@@ -66,6 +84,11 @@ class Tiktoken:
     @cached_property
     def byte_ids(self) -> list[int]:
         return [self._ranks[bytes([b])] for b in range(256)]
+
+
+def _has_long_blank(text: str) -> bool:
+    """Whether the library's regular expressions would run out of stack, which ends in a panic."""
+    return len(text) >= LONG_BLANK and LONG_BLANK_RUN.search(text) is not None
 
 
 def looks_like_ranks(content: bytes) -> bool:

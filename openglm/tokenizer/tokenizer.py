@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from openglm.tokenizer.detect import (
     VOCAB_FILE,
     settle,
 )
-from openglm.tokenizer.gguf import files_of_gguf
+from openglm.tokenizer.gguf import open_gguf
 from openglm.tokenizer.patterns import SPLIT
 from openglm.tokenizer.sentencepiece import IceTokenizer, SentencePiece
 from openglm.tokenizer.tiktoken import Tiktoken, parse_ranks
@@ -72,17 +72,28 @@ class Tokenizer:
         """
         if not files.keys() & set(RELEASE_FILES):
             raise ValueError(f"not a tokenizer: {MODEL_FILE} is missing; make one with `openglm tokenizer train`")
-        self.files, config = _own_files(files, roles)
+        own, config = _own_files(files, roles)
+        self._set_up(_open(own, config), lambda: own, config)
+
+    def _set_up(self, backend: Backend, files: Callable[[], dict[str, bytes]], config: Mapping[str, Any]) -> None:
+        self._backend = backend
+        self._make_files = files
         self.kind: str = config["kind"]
         self.special_ids: dict[str, int] = config["special_ids"]
-        self.prefix_ids = tuple(config.get("prefix_ids") or ())
-        self._backend = _open(self.files, config)
-        self.n_text_ids = _n_text_ids(self._backend, self.kind, self.special_ids)
+        self.prefix_ids: tuple[int, ...] = tuple(config.get("prefix_ids") or ())
+        self.n_text_ids = _n_text_ids(backend, self.kind, self.special_ids)
         self.vocab_size = max([self.n_text_ids, *(i + 1 for i in self.special_ids.values())])
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        return self._make_files()
+
+    @cached_property
+    def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name, content in self.files.items():
             digest.update(f"{name} {len(content)}\n".encode() + content)
-        self.fingerprint = digest.hexdigest()
+        return digest.hexdigest()
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
@@ -207,8 +218,10 @@ class Tokenizer:
 
         Raises ValueError, naming it, for a field that is missing or a kind that is not read.
         """
-        files, config = files_of_gguf(fields)
-        return cls({**files, CONFIG_FILE: _config_bytes(config)})
+        backend, files, config = open_gguf(fields)
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(backend, lambda: {**files(), CONFIG_FILE: _config_bytes(config)}, config)
+        return tokenizer
 
     @cached_property
     def _bytes(self) -> list[bytes]:
