@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ import torch
 from openglm.config import nearest
 from openglm.engine import Engine, FinishReason, fill_blanks, score
 from openglm.engine.fill import MASKS
-from openglm.model.checkpoint import CheckpointMeta, load_checkpoint
+from openglm.loading import open_reference, resolve
+from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.load import load_weights
+from openglm.model.opened import OpenedModel
 from openglm.tokenizer import Detokenizer, Tokenizer
 from openglm.types import Event, Message, SamplingParams, ToolSpec
 
@@ -28,9 +32,8 @@ if TYPE_CHECKING:
 
     from openglm.formats import ChatFormat, Parser
 
-__all__ = ["BUNDLED", "ChatModel", "FillResult", "Generated", "load", "resolve"]
+__all__ = ["ChatModel", "FillResult", "Generated", "load"]
 
-BUNDLED = Path(__file__).parent / "assets" / "glm-nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILL_MAX_NEW_TOKENS = 64
 
@@ -78,30 +81,37 @@ class ChatModel:
         self.notify: Callable[[str], None] = _to_stderr
 
     @classmethod
-    def load(cls, reference: str | Path | None = None, device: str = "auto", dtype: str | None = None) -> ChatModel:
-        """A checkpoint folder, "random:PRESET?field=value" (random weights, no tokenizer), or None: the bundled model.
+    def load(
+        cls,
+        reference: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        adapter: str | Path | None = None,
+        chat_format: str | None = None,
+    ) -> ChatModel:
+        """A checkpoint folder (ours or as released), a .gguf file, "random:PRESET?field=value" (random weights, no
+        tokenizer), or None: the bundled model.
 
         device: "auto" (cuda where present), "cpu", "cuda", "cuda:1". dtype: float32, bfloat16, float16; None: as
-        stored on a GPU, float32 on a CPU. Raises ValueError in one line for whatever cannot be loaded.
+        stored on a GPU; on a CPU float32, or as stored where that does not fit. adapter: a LoRA or P-Tuning v2 folder
+        to put on top. chat_format: a name of `openglm.formats`, where the checkpoint's own is not wanted. Raises
+        ValueError in one line for whatever cannot be loaded.
         """
         source = resolve(reference)
         place = _device(device)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
-        kind = DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else None)
         if isinstance(source, str):
+            if adapter is not None or chat_format is not None:
+                raise ValueError(f"{source} takes no adapter and no chat format: give a checkpoint")
+            kind = DTYPES[dtype or "float32"] if dtype or place.type == "cpu" else None
             return cls(_random_engine(source, place, kind), None, None, CheckpointMeta())
-        model, meta = load_checkpoint(source, place, kind)
-        if meta.tokenizer is None:
-            return cls(Engine(model, meta.special_ids), None, None, meta)
-        tokenizer = Tokenizer.load(source)
-        _check_vocabulary(source, tokenizer, model.config.vocab_size, meta)
-        chat_format = None
-        if meta.chat_format is not None:
-            from openglm.formats import get_format
-
-            chat_format = get_format(meta.chat_format, tokenizer)
-        return cls(Engine(model, tokenizer.special_ids, tokenizer.vocab_size), tokenizer, chat_format, meta)
+        found = open_reference(source, adapter, chat_format)
+        model = load_weights(found.opened, place, DTYPES[dtype] if dtype else _default_dtype(found.opened, place))
+        tokenizer, meta = found.tokenizer, found.meta
+        special = meta.special_ids or (tokenizer.special_ids if tokenizer else {})
+        engine = Engine(model, special, None if tokenizer is None else tokenizer.vocab_size)
+        return cls(engine, tokenizer, found.chat_format, meta)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -114,7 +124,7 @@ class ChatModel:
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Generated:
         """Continue a text, or token ids as they are. sampling: fields of SamplingParams.
 
-        Defaults come from the checkpoint. A model with [gMASK] and <sop> gets them in front of a text, as trained.
+        Defaults come from the checkpoint. Around a text goes what the model was trained with ([gMASK] <sop>, say).
         """
         stream = self.stream_text(prompt, **sampling)
         list(stream)
@@ -122,7 +132,11 @@ class ChatModel:
 
     def stream_text(self, prompt: str | Sequence[int], **sampling: Any) -> TextStream:
         """`generate` piece by piece: iterate for text, then ask `result()`."""
-        ids = [*self._head(), *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            before = self._head() if self.meta.prompt_prefix is None else self.meta.prompt_prefix
+            ids = [*before, *self.tokenizer.encode(prompt), *self.meta.prompt_suffix]
+        else:
+            ids = list(prompt)
         return TextStream(self, ids, self._params(self._text_stops(), {}, sampling))
 
     def fill(
@@ -161,6 +175,9 @@ class ChatModel:
         defaults = {"temperature": 0.0, "max_new_tokens": FILL_MAX_NEW_TOKENS}
         params = self._params(self._text_stops(), defaults, sampling)
         ids = tokenizer.encode_marked("".join(pieces), names)
+        if ids and ids[-1] not in {tokenizer.special_ids[name] for name in names}:
+            ids += self.meta.fill_suffix
+        ids = [*(self.meta.prompt_prefix or ()), *ids] if self.meta.prompt_suffix else ids
         ids, blanks = fill_blanks(
             self.engine, ids, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens, joined
         )
@@ -278,7 +295,9 @@ class ChatModel:
     # ---------------------------------------------------------------- helpers
 
     def _head(self) -> list[int]:
-        """What stands in front of plain text: [gMASK] <sop> where the model knows them."""
+        """What stands in front of a text that is scored: [gMASK] <sop> where the model knows them."""
+        if self.meta.prompt_prefix is not None and not self.meta.prompt_suffix:
+            return list(self.meta.prompt_prefix)
         special = self.engine.special_ids
         return [special["[gMASK]"], special["<sop>"]] if "[gMASK]" in special and "<sop>" in special else []
 
@@ -325,29 +344,15 @@ class TextStream:
         return out
 
 
-def load(reference: str | Path | None = None, device: str = "auto", dtype: str | None = None) -> ChatModel:
-    """`ChatModel.load`: the model at a folder, "random:PRESET", or, given nothing, the bundled one."""
-    return ChatModel.load(reference, device, dtype)
-
-
-def resolve(reference: str | Path | None) -> Path | str:
-    """The folder a reference names, or "random:PRESET" as it is; ValueError in one line when there is none."""
-    if reference is None:
-        if not (BUNDLED / "config.json").is_file():
-            raise ValueError("the bundled model is missing from this installation: give a model folder")
-        return BUNDLED
-    if isinstance(reference, str) and reference.startswith("random:"):
-        return reference
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return folder
-    from openglm.presets import PRESETS
-
-    if str(reference).partition("?")[0] in PRESETS:
-        raise ValueError(f"{reference} is a preset without weights: give a folder, or random:{reference}")
-    if folder.exists():
-        raise ValueError(f"{reference} is a file, not a model folder")
-    raise ValueError(f"no model at {reference}: give a checkpoint folder or random:PRESET")
+def load(
+    reference: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    chat_format: str | None = None,
+) -> ChatModel:
+    """`ChatModel.load`: the model at a folder or file, "random:PRESET", or, given nothing, the bundled one."""
+    return ChatModel.load(reference, device, dtype, adapter, chat_format)
 
 
 def _device(name: str) -> torch.device:
@@ -374,11 +379,13 @@ def _random_engine(reference: str, place: torch.device, dtype: torch.dtype | Non
     return Engine(model.requires_grad_(False), {})
 
 
-def _check_vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int, meta: CheckpointMeta) -> None:
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary holds {vocab_size}: "
-            "they do not belong together"
-        )
-    if meta.special_ids and meta.special_ids != tokenizer.special_ids:
-        raise ValueError(f"{folder}: config.json and tokenizer disagree on special ids: they do not belong together")
+def _default_dtype(opened: OpenedModel, place: torch.device) -> torch.dtype | None:
+    """As stored on a GPU. On a CPU float32, which every CPU multiplies fast, unless only the stored form fits."""
+    if place.type != "cpu":
+        return None
+    from openglm.model.cost import n_parameters
+
+    needed = 4 * n_parameters(opened.config)
+    if hasattr(os, "sysconf") and needed > 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    return torch.float32

@@ -14,10 +14,13 @@ import importlib.util
 import json
 import os
 import shutil
-import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openglm.loading import Reference
+    from openglm.model.opened import OpenedModel
 
 __all__: list[str] = []
 
@@ -28,42 +31,58 @@ EXTRAS = {
     "tensorboard": "training curves for tensorboard: true (pip install 'openglm[tensorboard]')",
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FAMILY_NAMES = {
+    "openglm": "our own format",
+    "random": "none: random weights",
+    "glm-130b": "GLM-130B, model-parallel shards (SAT)",
+    "glm-10b": "the original GLM, model-parallel shards",
+    "chatglm-6b": "ChatGLM-6B, as released",
+    "chatglm2": "ChatGLM2, ChatGLM3, CodeGeeX or GLM-4, as released",
+    "hf-glm": "Hugging Face glm",
+    "hf-glm4": "Hugging Face glm4",
+    "hf-llama": "Hugging Face llama or qwen2",
+    "gguf": "GGUF",
+}
 
 
 # -------------------------------------------------------------------- inspect
 
 
 def inspect_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", nargs="?", help="checkpoint folder or random:PRESET (default: the bundled model)")
+    text = "checkpoint folder, .gguf file or random:PRESET (default: the bundled model)"
+    p.add_argument("model", nargs="?", help=text)
+    p.add_argument("--adapter", metavar="DIR", help="a LoRA (PEFT) or P-Tuning v2 folder to put on top")
     p.epilog = "`openglm inspect prompt MODEL MESSAGES.json` shows a conversation as the model sees it."
 
 
 def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
-    from openglm.chat import resolve
-    from openglm.model.checkpoint import CheckpointMeta, read_config
+    from openglm.loading import open_reference, resolve
+    from openglm.model.checkpoint import CheckpointMeta
     from openglm.model.cost import kv_bytes_per_token, n_parameters, parameters_by_part
     from openglm.presets import PRESETS, parse_preset
 
     source = resolve(o.model)
     if isinstance(source, str):
-        config, meta = parse_preset(source.removeprefix("random:")), CheckpointMeta()
+        config, meta, family = parse_preset(source.removeprefix("random:")), CheckpointMeta(), "random"
         counts = parameters_by_part(config)
-        n_bytes, dtypes = {part: 4 * n for part, n in counts.items()}, ["F32"]
+        n_bytes, dtypes = {part: 4 * n for part, n in counts.items()}, {"float32": 4 * sum(counts.values())}
     else:
-        config, meta = read_config(source)
-        n_bytes, dtypes = weight_bytes(source)
+        opened = open_reference(source, o.adapter).opened
+        config, meta, family = opened.config, opened.meta, opened.family
+        n_bytes, dtypes = stored_bytes(opened)
     same = [name for name, known in PRESETS.items() if known == config]
     return {
         "model": str(source),
+        "family": family,
         "preset": same[0] if same else None,
         "parameters": n_parameters(config),
         "parameters_by_part": parameters_by_part(config),
-        "precision": dtypes,
+        "precision": sorted(dtypes, key=lambda kind: -dtypes[kind]),
+        "bytes_by_precision": dtypes,
         "weight_bytes": sum(n_bytes.values()),
         "weight_bytes_by_part": n_bytes,
         "context": config.max_seq_len,
-        "kv_bytes_per_token": kv_bytes_per_token(config, 4.0 if dtypes == ["F32"] else 2.0),
+        "kv_bytes_per_token": kv_bytes_per_token(config, 4.0 if list(dtypes) == ["float32"] else 2.0),
         "config": config.to_dict(),
         "tokenizer": meta.tokenizer,
         "special_ids": meta.special_ids,
@@ -80,6 +99,7 @@ def inspect_print(value: dict[str, Any]) -> None:
     names = {i: name for name, i in value["special_ids"].items()}
     rows = [
         ("model", value["model"]),
+        ("family", FAMILY_NAMES[value["family"]]),
         ("shape", f"{value['preset'] or 'of its own'}: {config['n_layers']} layers, dim {config['dim']}, "
                   f"{config['n_heads']} heads ({config['n_kv_heads']} of keys and values) of {config['head_dim']}, "
                   f"mlp {config['ffn_dim']}, vocabulary {config['vocab_size']:,}"),
@@ -88,7 +108,7 @@ def inspect_print(value: dict[str, Any]) -> None:
         ("mask", mask),
         ("context", f"{value['context']:,} tokens, {_size(value['kv_bytes_per_token'])} of cache each"),
         ("parameters", f"{value['parameters']:,}"),
-        ("precision", ", ".join(value["precision"])),
+        ("precision", ", ".join(f"{kind} {_size(value['bytes_by_precision'][kind])}" for kind in value["precision"])),
         ("bytes", f"{_size(value['weight_bytes'])}: " + ", ".join(
             f"{part} {_size(n)}" for part, n in value["weight_bytes_by_part"].items() if n)),
         ("tokenizer", value["tokenizer"] or "none: takes token ids only"),
@@ -101,33 +121,19 @@ def inspect_print(value: dict[str, Any]) -> None:
         print(f"{name:<12} {text}")
 
 
-def weight_bytes(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """(bytes by part, dtypes) of a checkpoint's tensors, from the file's header alone."""
-    path = folder / "model.safetensors"
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: fetch the checkpoint again") from None
-    except (struct.error, ValueError):
-        raise ValueError(f"{path} has a damaged header: fetch the checkpoint again") from None
+def stored_bytes(opened: OpenedModel) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes by part, bytes by type) of a checkpoint's tensors, from its headers alone."""
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
-    dtypes: dict[str, int] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        n_bytes = entry["data_offsets"][1] - entry["data_offsets"][0]
+    kinds: dict[str, int] = {}
+    for name, kind, n_bytes in opened.stored():
         parts[_part(name)] += n_bytes
-        dtypes[entry["dtype"]] = dtypes.get(entry["dtype"], 0) + n_bytes
-    return parts, sorted(dtypes, key=lambda d: -dtypes[d])
+        kinds[kind] = kinds.get(kind, 0) + n_bytes
+    return parts, kinds
 
 
 def _part(name: str) -> str:
     """Which part a tensor of ours belongs to."""
-    for mark, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("embed.", "embedding"), ("head.", "head")):
+    for mark, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("embed", "embedding"), ("head.", "head")):
         if mark in name:
             return part
     return "norm"
@@ -145,27 +151,20 @@ def _size(n_bytes: float) -> str:
 
 
 def prompt_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", nargs="?", help="checkpoint folder (default: the bundled model)")
+    p.add_argument("model", nargs="?", help="checkpoint folder or .gguf file (default: the bundled model)")
     p.add_argument("messages", metavar="MESSAGES.json", help="a list of messages, or an object with messages and tools")
 
 
 def prompt_value(o: argparse.Namespace) -> dict[str, Any]:
-    from openglm.chat import resolve
-    from openglm.formats import get_format
     from openglm.model.batch import prompt_layout
-    from openglm.model.checkpoint import read_config
-    from openglm.tokenizer import Tokenizer
 
     messages, tools = _read_messages(Path(o.messages))
-    source = resolve(o.model)
-    if isinstance(source, str):
-        raise ValueError(f"{source} has no tokenizer: give a checkpoint folder")
-    config, meta = read_config(source)
-    if meta.tokenizer is None or meta.chat_format is None:
-        raise ValueError(f"{source} has no chat format: it was not tuned for chat")
-    tokenizer = Tokenizer.load(source)
-    rendered = get_format(meta.chat_format, tokenizer).render(messages, tools, messages[-1].role != "assistant")
-    layout = prompt_layout(rendered.ids, config, tokenizer.special_ids)
+    found = _text_side(o.model)
+    tokenizer, chat_format = found.tokenizer, found.chat_format
+    if tokenizer is None or chat_format is None:
+        raise ValueError(f"{found.opened.path} has no chat format: it was not tuned for chat")
+    rendered = chat_format.render(messages, tools, messages[-1].role != "assistant")
+    layout = prompt_layout(rendered.ids, found.opened.config, found.meta.special_ids)
     return {
         "ids": list(rendered.ids),
         "tokens": [tokenizer.decode([i], skip_special=False) for i in rendered.ids],
@@ -173,8 +172,21 @@ def prompt_value(o: argparse.Namespace) -> dict[str, Any]:
         "loss_mask": list(rendered.loss_mask),
         "positions": layout.positions(0, len(rendered.ids)).tolist(),
         "n_context": layout.n_context,
-        "chat_format": meta.chat_format,
+        "chat_format": found.meta.chat_format,
     }
+
+
+def _text_side(model: str | None) -> Reference:
+    """Tokenizer and chat format of a checkpoint that has them."""
+    from openglm.loading import open_reference, resolve
+
+    source = resolve(model)
+    if isinstance(source, str):
+        raise ValueError(f"{source} has no tokenizer: give a checkpoint")
+    found = open_reference(source)
+    if found.tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer: put its tokenizer files beside the weights")
+    return found
 
 
 def _read_messages(path: Path) -> tuple[list[Any], list[Any]]:
@@ -288,7 +300,7 @@ def _cpu_facts() -> dict[str, Any]:
 
 def _bundled_fact() -> str:
     try:
-        from openglm.chat import resolve
+        from openglm.loading import resolve
         from openglm.model.checkpoint import verify_manifest
 
         folder = Path(resolve(None))
@@ -308,19 +320,11 @@ def check_options(p: argparse.ArgumentParser) -> None:
 
 
 def check_value(o: argparse.Namespace) -> dict[str, Any]:
-    from openglm.chat import resolve
     from openglm.data.check import collect
-    from openglm.formats import get_format
-    from openglm.model.checkpoint import read_config
-    from openglm.tokenizer import Tokenizer
 
-    source = resolve(o.model)
-    if isinstance(source, str):
-        raise ValueError(f"{source} has no tokenizer: give a checkpoint folder")
-    config, meta = read_config(source)
-    tokenizer = Tokenizer.load(source)
-    chat_format = get_format(meta.chat_format, tokenizer) if meta.chat_format else None
-    return collect(o.file, tokenizer, chat_format, config, o.limit)
+    found = _text_side(o.model)
+    assert found.tokenizer is not None
+    return collect(o.file, found.tokenizer, found.chat_format, found.opened.config, o.limit)
 
 
 def check_print(value: dict[str, Any]) -> None:

@@ -52,8 +52,9 @@ def place_options(p: Parser) -> None:
 
 
 def model_option(p: Parser) -> None:
-    text = "checkpoint folder, or random:PRESET for random weights (default: the bundled model)"
+    text = "checkpoint folder, .gguf file, or random:PRESET for random weights (default: the bundled model)"
     p.add_argument("model", nargs="?", help=text)
+    p.add_argument("--adapter", metavar="DIR", help="a LoRA (PEFT) or P-Tuning v2 folder to put on top")
 
 
 def sampling_options(p: Parser, max_new_tokens: str, temperature: str) -> None:
@@ -82,7 +83,7 @@ def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:
         if o.threads < 1:
             raise ValueError(f"--threads must be at least 1, not {o.threads}")
         torch.set_num_threads(o.threads)
-    return ChatModel.load(o.model, o.device, o.dtype or dtype)
+    return ChatModel.load(o.model, o.device, o.dtype or dtype, o.adapter, getattr(o, "chat_format", None))
 
 
 def parse_ids(text: str) -> list[int]:

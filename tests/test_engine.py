@@ -239,10 +239,10 @@ def test_beam_search_survives_when_every_token_is_banned() -> None:
 def test_golden_beam_of_glm_130b(shared_data: Path) -> None:
     """Ids that GLM-130B's own beam search found with a tiny random checkpoint (see the notes beside the data)."""
     folder = shared_data / "golden" / "glm-130b"
-    cases, args = (json.loads((folder / name).read_text()) for name in ("cases.json", "model_args.json"))
-    case, names = cases["fill_blanks"]["beam"], cases["special_ids"]
-    special = {"<sop>": names["sop"]} | {name: names[name] for name in ("[MASK]", "[gMASK]", "[sMASK]")}
-    engine = Engine(golden_glm_130b(folder, args), special)
+    case = json.loads((folder / "cases.json").read_text())["fill_blanks"]["beam"]
+    opened = open_model(folder / "mp1")
+    special = opened.meta.special_ids
+    engine = Engine(build_transformer(opened, dtype=torch.float32), special)
     prompt = [special["[gMASK]"] if word == "[gMASK]" else int(word) for word in case["raw"].split()]
     n_new = case["out_seq_length"] - len(prompt) - 1
     beams = (case["num_beams"], n_new, case["length_penalty"], case["no_repeat_ngram_size"], case["min_gen_length"])
@@ -252,22 +252,6 @@ def test_golden_beam_of_glm_130b(shared_data: Path) -> None:
     params = SamplingParams(max_new_tokens=n_new, temperature=0.0, stop_ids=tuple(case["end_tokens"]))
     ids, _ = fill_blanks(engine, prompt, params, *beams[:1], *beams[2:])
     assert " ".join(map(str, ids)) == case["answers"][0]
-
-
-def golden_glm_130b(folder: Path, args: dict[str, Any]) -> Transformer:
-    n_heads = args["num_attention_heads"]
-    config = GLMConfig(
-        vocab_size=args["vocab_size"], dim=args["hidden_size"], n_layers=args["num_layers"], n_heads=n_heads,
-        n_kv_heads=n_heads, head_dim=args["hidden_size"] // n_heads, ffn_dim=args["inner_hidden_size"],
-        max_seq_len=args["max_sequence_length"], norm="layer", residual="normed",
-        residual_alpha=(2 * args["num_layers"]) ** 0.5, mlp="geglu", linear_bias=True, mask="prefix",
-        rope=RopeConfig(freq_dtype="float16"), tie_embeddings=True,
-    )  # fmt: skip
-    (path,) = (folder / "mp1").rglob("*.pt")
-    theirs = torch.load(path, weights_only=True, map_location="cpu")["module"]
-    model = Transformer(config)
-    model.load_state_dict(dict(import_weights(FAMILIES["glm-130b"], config, lambda name: theirs[name].float())))
-    return model
 
 
 # -------------------------------------------------------------------- blanks

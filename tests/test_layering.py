@@ -26,7 +26,7 @@ LAYERS = {
     "ops": 1, "tokenizer": 1,
     "model": 2, "formats": 2,
     "quant": 3, "data": 3,
-    "engine": 4,
+    "engine": 4, "loading": 4, "convert": 4,
     "chat": 5,
     "train": 6, "agent": 6,
     "eval": 7, "server": 7,

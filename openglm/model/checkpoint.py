@@ -36,7 +36,8 @@ class CheckpointMeta:
     special_ids: name -> id. stop_ids: ids that end an answer. chat_format: name in `openglm.formats`, None for a base
     model. tokenizer: kind of the tokenizer files, None without. generation: defaults for SamplingParams fields.
     description: free facts, such as training data and steps. prompt_prefix, prompt_suffix: ids around a text to be
-    continued; None: [gMASK] <sop> in front where special_ids has them.
+    continued; None: [gMASK] <sop> in front where special_ids has them. fill_suffix: ids that end a text whose blanks
+    are to be filled, unless it ends in a blank.
     """
 
     special_ids: dict[str, int] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class CheckpointMeta:
     description: dict[str, Any] = field(default_factory=dict)
     prompt_prefix: tuple[int, ...] | None = None
     prompt_suffix: tuple[int, ...] = ()
+    fill_suffix: tuple[int, ...] = ()
 
 
 def save_checkpoint(
@@ -146,6 +148,7 @@ def read_config(folder: str | Path) -> tuple[GLMConfig, CheckpointMeta]:
         description=head.get("description", {}),
         prompt_prefix=None if head.get("prompt_prefix") is None else tuple(head["prompt_prefix"]),
         prompt_suffix=tuple(head.get("prompt_suffix", ())),
+        fill_suffix=tuple(head.get("fill_suffix", ())),
     )
     return from_dict(head["model"]), meta
 

@@ -21,7 +21,7 @@ from openglm.config import GLMConfig
 from openglm.model.checkpoint import CONFIG, MANIFEST, CheckpointMeta, read_config
 from openglm.model.released import KNOWN, ignorable, read_json, released_config, sat_config
 from openglm.model.sat import SatSource, find_shards
-from openglm.model.sources import FileSource, Source, describe, open_files, read_thudm_quant
+from openglm.model.sources import FileSource, Source, describe, dtype_name, open_files, read_thudm_quant
 from openglm.model.transformer import Transformer
 from openglm.model.weights import FAMILIES, Family, import_weight, names_of
 from openglm.ops.quant import QuantTensor, Weight
@@ -66,6 +66,13 @@ class OpenedModel:
         for name, theirs in self.names().items():
             yield name, self._weight(name, theirs)
 
+    def stored(self) -> Iterator[tuple[str, str, int]]:
+        """(our name, type as the files name it, bytes) of everything that is stored, from the headers alone."""
+        for name, theirs in self.names().items():
+            for part in theirs:
+                for kind, n_bytes in self.source.stored(part):
+                    yield name, kind, n_bytes
+
     def _weight(self, name: str, theirs: tuple[str, ...]) -> Weight:
         parts = []
         for part in theirs:
@@ -97,9 +104,19 @@ class QuantisedSource:
         tensors = self.files.tensors
         if f"{name}.q" in tensors:
             rows, width = tensors[f"{name}.q"].shape
-            return rows, width * (2 if tensors[f"{name}.q"].dtype == torch.uint8 else 1)
+            return rows, width * 8 // self._bits(name)
         shape = tensors[name].shape
         return (shape[0], shape[1] * 8 // self.bits) if f"{name}_scale" in tensors else shape
+
+    def stored(self, name: str) -> list[tuple[str, int]]:
+        parts = [f"{name}.{leaf}" for leaf in ("q", "scale", "minimum")] + [name, f"{name}_scale"]
+        found = [self.files.tensors[part] for part in parts if part in self.files.tensors]
+        packed = next((f"int{self._bits(name)}" for _ in found[1:]), None)  # scales go with the packed matrix
+        return [(packed or dtype_name(info.dtype), info.n_bytes) for info in found]
+
+    def _bits(self, name: str) -> int:
+        q = self.files.tensors.get(f"{name}.q")
+        return self.bits if q is None else 4 if q.dtype == torch.uint8 else 8
 
     def get(self, name: str) -> Weight:
         tensors = self.files.tensors
@@ -196,10 +213,8 @@ def _open_gguf(path: Path) -> OpenedModel:
     from openglm.model.gguf import open_gguf
 
     found = open_gguf(path)
-    generation: dict[str, Any] = {}
-    meta = CheckpointMeta(stop_ids=tuple(found.stop_ids), generation=generation)
     return OpenedModel(
-        path, "gguf", found.config, meta, found.source, found.family, found.chat_template, found.tokenizer_fields
+        path, "gguf", found.config, found.meta, found.source, found.family, found.chat_template, found.tokenizer_fields
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from openglm.model.sources import TensorInfo, open_file, read_thudm_quant
+from openglm.model.sources import TensorInfo, dtype_name, open_file, read_thudm_quant
 from openglm.ops.quant import QuantTensor, Weight
 
 __all__ = ["SatSource", "cut", "find_shards"]
@@ -92,6 +92,11 @@ class SatSource:
         elif rule != "copy":
             shape[0] *= n
         return tuple(shape)
+
+    def stored(self, name: str) -> list[tuple[str, int]]:
+        found = [rank[part] for rank in self.ranks for part in (name, f"{name}_scale") if part in rank]
+        bits = self._bits(name)
+        return [(f"int{bits}" if bits else dtype_name(info.dtype), info.n_bytes) for info in found]
 
     def get(self, name: str) -> Weight:
         rule = rule_of(name, self.family)

@@ -21,9 +21,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from openglm.ops.quant import QuantTensor, Weight, pack_int4
+from openglm.ops.quant import QuantTensor, Weight, pack_int4, unpack_int4
 
-__all__ = ["FileSource", "Source", "TensorInfo", "Weight", "describe", "open_files", "read_thudm_quant"]
+__all__ = [
+    "FileSource", "Source", "TensorInfo", "Weight", "describe", "dtype_name", "open_files", "pack_thudm_quant",
+    "read_thudm_quant",
+]  # fmt: skip
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -38,6 +41,10 @@ class Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it. KeyError for a name that is not there."""
+        ...
+
+    def stored(self, name: str) -> list[tuple[str, int]]:
+        """(type, bytes) of what is stored for a tensor, scales with their matrix; read from headers."""
         ...
 
     def get(self, name: str) -> Weight:
@@ -88,6 +95,9 @@ class FileSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
+    def stored(self, name: str) -> list[tuple[str, int]]:
+        return [(dtype_name(self.tensors[name].dtype), self.tensors[name].n_bytes)]
+
     def get(self, name: str) -> Weight:
         return self.tensors[name].read()
 
@@ -106,6 +116,17 @@ def read_thudm_quant(weight: Tensor, scale: Tensor, columns: int) -> QuantTensor
     data = weight.view(torch.uint8)
     high, low = (data >> 4) ^ 8, (data & 15) ^ 8  # two's complement -> 0..15 around 8
     return QuantTensor(pack_int4(torch.stack([high, low], -1).flatten(-2)), scale)
+
+
+def pack_thudm_quant(weight: QuantTensor) -> tuple[Tensor, Tensor]:
+    """(packed int8, scales): the inverse of `read_thudm_quant`. ValueError for a form that it cannot hold."""
+    if weight.minimum is not None or weight.scale.shape[1] != 1:
+        raise ValueError("only whole-row scales without a minimum have a form there: quantise with --group row")
+    scale = weight.scale[:, 0].contiguous()
+    if weight.bits == 8:
+        return weight.q, scale
+    values = unpack_int4(weight.q).view(weight.shape[0], -1, 2) ^ 8  # 0..15 around 8 -> two's complement
+    return ((values[..., 0] << 4) | values[..., 1]).view(torch.int8), scale
 
 
 # -------------------------------------------------------------------- opening
@@ -221,6 +242,11 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path} was cut short inside the tensor {name}: fetch it again")
         tensors[name] = info
     return tensors
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 def describe(names: Sequence[str]) -> str:

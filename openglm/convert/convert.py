@@ -1,0 +1,141 @@
+"""Convert: any checkpoint that opens into our format, Hugging Face's, GGUF, or model-parallel shards (SAT).
+
+    python -m openglm convert SRC DST --format openglm --quantize int4
+
+Weights go through one at a time, so a conversion holds the largest tensor and not the model. Stop ids, chat template,
+tokenizer and sampling defaults travel with them. A killed conversion goes on where it was: finished shards are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from openglm.convert.plan import Plan, write_shards
+from openglm.convert.released import to_hf, to_sat
+from openglm.loading import Reference
+from openglm.model.checkpoint import CONFIG, MANIFEST, VERSION
+from openglm.model.opened import OpenedModel
+from openglm.model.transformer import Transformer
+from openglm.model.writer import OutputFolder, named_tensors
+from openglm.quant import QuantSpec
+
+__all__ = ["FORMATS", "Converted", "convert"]
+
+Format = Literal["openglm", "hf", "gguf", "sat"]
+FORMATS = ("openglm", "hf", "gguf", "sat")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GGUF_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """path: what was written. n_bytes: of its weights. continued: an earlier, killed conversion was gone on with."""
+
+    path: Path
+    n_bytes: int
+    n_tensors: int
+    continued: bool
+
+
+def convert(
+    reference: Reference,
+    target: str | Path,
+    format: Format = "openglm",
+    spec: QuantSpec | None = None,
+    dtype: str | None = None,
+    tp: int = 1,
+) -> Converted:
+    """Write a checkpoint in another form. Raises ValueError in one line for what that form cannot hold.
+
+    spec: quantise while converting (openglm, sat by whole rows, gguf as Q4_0 or Q8_0). dtype: of floating-point
+    weights, default as stored (gguf: float16). tp: ranks to cut for (sat).
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if tp != 1 and format != "sat":
+        raise ValueError(f"--tp goes with --format sat, not {format}")
+    if spec is not None and format == "hf":
+        raise ValueError("--quantize does not go with --format hf, which has no form for it: use openglm or gguf")
+    opened = reference.opened
+    if opened.kv_prefix is not None:
+        raise ValueError("a P-Tuning v2 prefix cannot be merged into weights: keep it as --adapter")
+    shapes = {n: tuple(t.shape) for n, t in Transformer(opened.config, device="meta").state_dict().items()}
+    plan = Plan(opened, spec, DTYPES[dtype] if dtype else None, shapes)
+    if format == "gguf":
+        return _to_gguf(reference, Path(target), plan)
+    identity = {
+        "format": format, "quantize": None if spec is None else asdict(spec), "dtype": dtype, "tp": tp,
+        "source": _fingerprint(opened), "adapter": opened.change is not None,
+    }  # fmt: skip
+    out = OutputFolder(target, identity)
+    if format == "sat":
+        n_tensors = to_sat(reference, out, plan, tp)
+    else:
+        n_tensors = to_hf(reference, out, plan) if format == "hf" else _to_openglm(reference, out, plan)
+    n_bytes = sum(entry["bytes"] for entry in out.sums.values() if entry["tensors"])
+    out.commit()
+    return Converted(Path(target), n_bytes, n_tensors, out.continued)
+
+
+def _fingerprint(opened: OpenedModel) -> list[Any]:
+    """Files of the source with sizes and times, so that another source is not mixed in."""
+    paths = [opened.path] if opened.path.is_file() else sorted(p for p in opened.path.rglob("*") if p.is_file())
+    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+# -------------------------------------------------------------------- our format
+
+
+def _to_openglm(reference: Reference, out: OutputFolder, plan: Plan) -> int:
+    n_tensors = write_shards(out, plan, lambda ours: named_tensors(ours, plan.weight(ours)))
+    for name, content in _text_files(reference).items():
+        out.write_bytes(name, content)
+    head = {"format": "openglm", "version": VERSION, "model": plan.opened.config.to_dict(), **asdict(reference.meta)}
+    out.write_bytes(CONFIG, (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode())
+    out.write_bytes(MANIFEST, out.manifest())
+    return n_tensors
+
+
+def _text_files(reference: Reference) -> dict[str, bytes]:
+    """Tokenizer files and the chat template."""
+    files = {} if reference.tokenizer is None else dict(reference.tokenizer.files)
+    if reference.opened.chat_template is not None:
+        files["chat_template.jinja"] = reference.opened.chat_template.encode()
+    return files
+
+
+# -------------------------------------------------------------------- GGUF
+
+
+def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
+    from openglm.model.gguf_write import gguf_tokenizer_fields, write_gguf
+
+    if target.suffix != ".gguf":
+        raise ValueError(f"--format gguf writes one file: give a name that ends in .gguf, not {target}")
+    if target.exists():
+        raise ValueError(f"{target} exists already: give another name, or remove it")
+    if plan.spec is not None:
+        if plan.spec.group != 32 or plan.spec.embeddings:
+            raise ValueError("GGUF quantises in groups of 32, the embedding with the rest: leave out --group")
+        type = "Q4_0" if plan.spec.bits == 4 else "Q8_0"
+    else:
+        type = GGUF_TYPES[plan.dtype or torch.float16]
+    plan = replace(plan, spec=None, dtype=None)  # the writer rounds to its own types
+    names = plan.opened.names()
+    weights = tqdm(
+        ((name, plan.weight(name)) for name in names), total=len(names), desc="convert", unit="tensor", delay=2,
+        leave=False,
+    )  # fmt: skip
+    fields = {} if reference.tokenizer is None else gguf_tokenizer_fields(reference.tokenizer)
+    write_gguf(
+        target, plan.opened.config, reference.meta, weights, fields, type, chat_template=plan.opened.chat_template
+    )
+    return Converted(target, target.stat().st_size, len(names), False)

@@ -1,0 +1,181 @@
+"""From a model reference to everything that runs it: an opened checkpoint, its tokenizer and its chat format.
+
+    python -c "from openglm.loading import open_reference; print(open_reference('path').opened.family)"
+
+A reference is a folder (ours, or as THUDM, Hugging Face or SAT released it), a .gguf file, or nothing: the bundled
+model. Nothing of the weights is read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.opened import OpenedModel, open_model
+
+if TYPE_CHECKING:
+    from openglm.formats import ChatFormat
+    from openglm.tokenizer import Tokenizer
+
+__all__ = ["BUNDLED", "Reference", "open_reference", "resolve"]
+
+BUNDLED = Path(__file__).parent / "assets" / "glm-nano"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """opened: with its meta completed by what the tokenizer knows. tokenizer, chat_format: None where there is none."""
+
+    opened: OpenedModel
+    tokenizer: Tokenizer | None
+    chat_format: ChatFormat | None
+
+    @property
+    def meta(self) -> CheckpointMeta:
+        return self.opened.meta
+
+
+def resolve(reference: str | Path | None) -> Path | str:
+    """The folder or file a reference names, or "random:PRESET" as it is; ValueError in one line when there is none."""
+    if reference is None:
+        if not (BUNDLED / "config.json").is_file():
+            raise ValueError("the bundled model is missing from this installation: give a model folder")
+        return BUNDLED
+    if isinstance(reference, str) and reference.startswith("random:"):
+        return reference
+    path = Path(reference).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    from openglm.presets import PRESETS
+
+    if str(reference).partition("?")[0] in PRESETS:
+        raise ValueError(f"{reference} is a preset without weights: give a folder, or random:{reference}")
+    if path.exists():
+        raise ValueError(f"{reference} is a file but no .gguf: give the folder of the checkpoint")
+    raise ValueError(f"no model at {reference}: give a checkpoint folder, a .gguf file or random:PRESET")
+
+
+def open_reference(
+    path: Path, adapter: str | Path | None = None, chat_format: str | None = None
+) -> Reference:
+    """Open a checkpoint with its text side. adapter: a LoRA or P-Tuning v2 folder on top of it.
+
+    chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
+    """
+    opened = open_model(path)
+    if adapter is not None:
+        from openglm.model.adapters import apply_adapter
+
+        opened = apply_adapter(opened, adapter)
+    tokenizer = _tokenizer(opened)
+    if tokenizer is not None:
+        _check_vocabulary(opened, tokenizer)
+    opened = dataclasses.replace(opened, meta=_completed(opened, tokenizer))
+    return _with_format(opened, tokenizer, chat_format)
+
+
+def _tokenizer(opened: OpenedModel) -> Tokenizer | None:
+    """The tokenizer of the checkpoint; None when it comes with no file of one."""
+    from openglm.tokenizer import Tokenizer, has_tokenizer
+
+    if opened.tokenizer_fields is not None:
+        return Tokenizer.from_gguf(opened.tokenizer_fields)
+    if opened.family == "openglm":
+        return None if opened.meta.tokenizer is None else Tokenizer.load(opened.path)
+    folder = opened.path
+    return Tokenizer.load(folder) if has_tokenizer(folder) else None
+
+
+def _check_vocabulary(opened: OpenedModel, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > opened.config.vocab_size:
+        raise ValueError(
+            f"{opened.path}: the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary holds "
+            f"{opened.config.vocab_size}: they do not belong together"
+        )
+    meta = opened.meta
+    if opened.family == "openglm" and meta.special_ids and meta.special_ids != tokenizer.special_ids:
+        raise ValueError(
+            f"{opened.path}: config.json and tokenizer disagree on special ids: they do not belong together"
+        )
+
+
+# -------------------------------------------------------------------- what the tokenizer completes
+
+
+def _completed(opened: OpenedModel, tokenizer: Tokenizer | None) -> CheckpointMeta:
+    """Special ids from the tokenizer, and what goes around a text that is to be continued, by the family's rule."""
+    meta = opened.meta
+    if opened.family == "openglm" or (opened.family == "gguf" and meta.special_ids):  # we wrote it, it is complete
+        return meta
+    special = dict(meta.special_ids) if tokenizer is None else {**tokenizer.special_ids, **meta.special_ids}
+    meta = dataclasses.replace(meta, special_ids=special, tokenizer=None if tokenizer is None else tokenizer.kind)
+    head = tuple(special[name] for name in ("[gMASK]", "<sop>") if name in special)
+    whole = head if len(head) == 2 else ()
+    if opened.family == "chatglm-6b":
+        return dataclasses.replace(meta, prompt_prefix=(), prompt_suffix=whole)
+    if opened.family in ("glm-130b", "glm-10b"):
+        begin, end = ("[CLS]", "<|endoftext|>") if opened.family == "glm-10b" else ("", "</s>")
+        start, closing = (tuple(special[n] for n in (name,) if n in special) for name in (begin, end))
+        return dataclasses.replace(meta, prompt_prefix=start, prompt_suffix=whole, fill_suffix=closing)
+    template = opened.chat_template
+    if whole and (template is None or "[gMASK]<sop>" in template or opened.family == "chatglm2"):
+        return dataclasses.replace(meta, prompt_prefix=whole)
+    return dataclasses.replace(meta, prompt_prefix=_begin(opened, special))
+
+
+def _begin(opened: OpenedModel, special: Mapping[str, int]) -> tuple[int, ...]:
+    """The begin-of-text id, where the tokenizer's own settings put one in front of a text."""
+    fields = opened.tokenizer_fields
+    if fields is not None:
+        begin = fields.get("tokenizer.ggml.bos_token_id")
+        default = fields.get("tokenizer.ggml.model") == "llama"
+        return (int(begin),) if begin is not None and fields.get("tokenizer.ggml.add_bos_token", default) else ()
+    settings = _json(opened.path / "tokenizer_config.json")
+    begin = settings.get("bos_token")
+    begin = begin.get("content") if isinstance(begin, dict) else begin
+    if settings.get("add_bos_token", False) and isinstance(begin, str) and begin in special:
+        return (special[begin],)
+    # Llama 3 says so in the post-processor of its tokenizer.json only.
+    processor = _json(opened.path / "tokenizer.json").get("post_processor") or {}
+    parts = processor.get("processors", [processor])
+    for part in parts:
+        first = (part.get("single") or [{}])[0] if part.get("type") == "TemplateProcessing" else {}
+        name = first.get("SpecialToken", {}).get("id")
+        if isinstance(name, str) and name in special:
+            return (special[name],)
+    return ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None) -> Reference:
+    from openglm.formats import detect_format, get_format
+
+    if tokenizer is None:
+        if name is not None:
+            raise ValueError(f"{opened.path} has no tokenizer, so it takes no chat format")
+        return Reference(opened, None, None)
+    name = name or opened.meta.chat_format
+    if name is None and opened.family != "openglm":
+        family = {"chatglm-6b": "chatglm-6b", "glm-130b": "glm-130b", "glm-10b": None}
+        name = family.get(opened.family, "?")
+        if name == "?":
+            name = detect_format(tokenizer.special_ids, opened.chat_template)
+            if name is None and opened.family == "chatglm2":
+                name = "chatglm2"
+    if name is None:
+        return Reference(opened, tokenizer, None)
+    chat_format = get_format(name, tokenizer, template=opened.chat_template)
+    stops = tuple(sorted({*opened.meta.stop_ids, *chat_format.stop_ids}))
+    meta = dataclasses.replace(opened.meta, chat_format=name, stop_ids=stops)
+    return Reference(dataclasses.replace(opened, meta=meta), tokenizer, chat_format)

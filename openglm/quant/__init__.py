@@ -1,0 +1,7 @@
+"""Quantisation: what a matrix is stored as, and how it gets there."""
+
+from __future__ import annotations
+
+from openglm.quant.spec import QuantSpec, quantise
+
+__all__ = ["QuantSpec", "quantise"]
