@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,10 @@ STOP_TOKENS = {
     "qwen2": ("<|im_end|>", "<|endoftext|>"),
 }
 CONTROL = 3  # token type of specials
+# Sampling defaults that the format has fields for.
+SAMPLING = {
+    "temperature": "general.sampling.temp", "top_k": "general.sampling.top_k", "top_p": "general.sampling.top_p",
+}  # fmt: skip
 
 
 def family_of(architecture: str, fused_qkv: bool = False, fused_up: bool = False) -> Family:
@@ -64,6 +67,9 @@ class GgufSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[name].shape
 
+    def stored(self, name: str) -> list[tuple[str, int]]:
+        return [(self.file.tensors[name].type, self.file.tensors[name].n_bytes)]
+
     def get(self, name: str) -> Weight:
         """A tensor in memory of its own, quantised where our form holds its type. KeyError for an unknown name."""
         entry = self.file.tensors[name]
@@ -76,14 +82,15 @@ class GgufSource:
 class GgufModel:
     """One GGUF file, opened: shape, name table, weights, and what else it says.
 
-    fields: all metadata as plain Python values. meta: what `openglm convert` wrote along, None in others' files.
+    fields: all metadata as plain Python values. meta: what `write_gguf` wrote along; in files of others the stop ids
+    and sampling defaults that the metadata gives.
     """
 
     config: GLMConfig
     family: Family
     source: GgufSource
     fields: Mapping[str, Any]
-    meta: CheckpointMeta | None
+    meta: CheckpointMeta
 
     @property
     def architecture(self) -> str:
@@ -98,19 +105,10 @@ class GgufModel:
         """The `tokenizer.` fields, for `Tokenizer.from_gguf`."""
         return {key: value for key, value in self.fields.items() if key.startswith("tokenizer.")}
 
-    @cached_property
+    @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the metadata's, then control tokens known by name."""
-        if self.meta is not None and self.meta.stop_ids:
-            return self.meta.stop_ids
-        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
-        ids = [int(self.fields[key]) for key in keys if key in self.fields]
-        tokens: list[str] = self.fields.get("tokenizer.ggml.tokens", [])
-        kinds: list[int] = self.fields.get("tokenizer.ggml.token_type", [])
-        for name in STOP_TOKENS[self.architecture]:
-            if name in tokens and tokens.index(name) < len(kinds) and kinds[tokens.index(name)] == CONTROL:
-                ids.append(tokens.index(name))
-        return tuple(dict.fromkeys(ids))
+        """Ids that end an answer."""
+        return self.meta.stop_ids
 
 
 def open_gguf(path: str | Path) -> GgufModel:
@@ -122,27 +120,38 @@ def open_gguf(path: str | Path) -> GgufModel:
     file = GgufFile(path)
     fields, names = file.fields, file.tensors.keys()
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f"{path} has architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
-    if fields.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one of {fields['split.count']} parts: join them (llama-gguf-split --merge)")
     family = family_of(architecture, "blk.0.attn_qkv.weight" in names, "blk.0.ffn_gate.weight" not in names)
     try:
         config = _config(architecture, fields, file)
+        meta = _meta(architecture, fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except (TypeError, KeyError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{path} has damaged metadata: fetch it again") from None
     _check(file, family, config)
-    return GgufModel(config, family, GgufSource(file), fields, _meta(path, fields))
+    return GgufModel(config, family, GgufSource(file), fields, meta)
 
 
-def _meta(path: str | Path, fields: Mapping[str, Any]) -> CheckpointMeta | None:
-    if META_KEY not in fields:
-        return None
-    try:
+def _meta(architecture: str, fields: Mapping[str, Any]) -> CheckpointMeta:
+    if META_KEY in fields:
         values = json.loads(fields[META_KEY])
-        return CheckpointMeta(**values | {"stop_ids": tuple(values["stop_ids"])})
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} has a damaged field {META_KEY}: convert it again") from None
+        return CheckpointMeta(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    generation = {ours: fields[key] for ours, key in SAMPLING.items() if key in fields}
+    return CheckpointMeta(stop_ids=_stop_ids(architecture, fields), generation=generation)
+
+
+def _stop_ids(architecture: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The metadata's, then control tokens known by name."""
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+    ids = [int(fields[key]) for key in keys if key in fields]
+    tokens: list[str] = fields.get("tokenizer.ggml.tokens", [])
+    kinds: list[int] = fields.get("tokenizer.ggml.token_type", [])
+    for name in STOP_TOKENS[architecture]:
+        if name in tokens and tokens.index(name) < len(kinds) and kinds[tokens.index(name)] == CONTROL:
+            ids.append(tokens.index(name))
+    return tuple(dict.fromkeys(ids))
 
 
 # -------------------------------------------------------------------- metadata
@@ -172,19 +181,24 @@ class _Metadata:
 
 
 def _config(architecture: str, fields: Mapping[str, Any], file: GgufFile) -> GLMConfig:
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"one of {fields['split.count']} parts: join them with llama-gguf-split --merge")
     meta = _Metadata(architecture, fields)
     meta.refuse("expert_count", "a mixture of experts is")
     meta.refuse("attention.sliding_window", "a sliding attention window is")
     for tensor in ("token_embd.weight", "output_norm.weight"):
         if tensor not in file.tensors:
             raise ValueError(f"the tensor {tensor} is missing: fetch the file again")
+    n_layers = int(meta.get("block_count"))
+    if n_layers > len(file.tensors):
+        raise ValueError(f"{n_layers} layers in the metadata, {len(file.tensors)} tensors in all: fetch the file again")
     dim, n_heads = int(meta.get("embedding_length")), int(meta.get("attention.head_count"))
     head_dim = int(meta.get("attention.key_length", dim // max(n_heads, 1)))
     meta.refuse("attention.value_length", "values of another length than keys are", (head_dim,))
     return GLMConfig(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         dim=dim,
-        n_layers=int(meta.get("block_count")),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=int(meta.get("attention.head_count_kv", n_heads)),
         head_dim=head_dim,

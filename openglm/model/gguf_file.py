@@ -123,7 +123,7 @@ class GgufFile:
             raise struct.error
         if item == STRING:
             return self._strings(n)
-        return [self._value(ARRAY) for _ in range(n)] if item == ARRAY else list(self._unpack(f"<{n}{SCALARS[item]}"))
+        return list(self._unpack(f"<{n}{SCALARS[item]}"))
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

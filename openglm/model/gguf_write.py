@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
-from openglm.model.gguf import META_KEY, TOP, family_of
+from openglm.model.gguf import META_KEY, SAMPLING, TOP, family_of
 from openglm.model.gguf_file import ARRAY, MAGIC, SCALARS, STRING
 from openglm.model.gguf_types import TYPES, encode, kept_type
 from openglm.model.weights import export_weights, names_of
@@ -30,8 +30,6 @@ ALIGNMENT = 32
 VERSION = 3
 QUANTISATION_VERSION = 2
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers for a whole file
-# Sampling defaults that the format has fields for.
-SAMPLING = {"temperature": "general.sampling.temp", "top_k": "general.sampling.top_k", "top_p": "general.sampling.top_p"}
 
 
 def architecture_of(config: GLMConfig) -> str:
@@ -191,8 +189,10 @@ def _value(value: Any) -> bytes:
     """A typed value; the items of a list have the first one's type, and its integers are signed."""
     if isinstance(value, list):
         kind = _kind(value[0], signed=True) if value else 5
-        items = b"".join(map(_string, value)) if kind == STRING else struct.pack(f"<{len(value)}{SCALARS[kind]}", *value)
-        return struct.pack("<IIQ", ARRAY, kind, len(value)) + items
+        head = struct.pack("<IIQ", ARRAY, kind, len(value))
+        if kind == STRING:
+            return head + b"".join(map(_string, value))
+        return head + struct.pack(f"<{len(value)}{SCALARS[kind]}", *value)
     kind = _kind(value)
     return struct.pack("<I", kind) + (_string(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value))
 
