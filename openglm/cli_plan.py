@@ -8,7 +8,9 @@ plan_options adds its options, plan_value computes what --json prints, plan_prin
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from openglm.config import GLMConfig, nearest
 
 if TYPE_CHECKING:
     from openglm.model.cost import WeightForm
+    from openglm.model.opened import OpenedModel
+    from openglm.ops.quant import Weight
 
 __all__: list[str] = []
 
@@ -41,35 +45,53 @@ def plan_options(p: argparse.ArgumentParser) -> None:
 def plan_value(o: argparse.Namespace) -> dict[str, Any]:
     """What --json prints. Sizes are integers of bytes.
 
-    model, preset, parameters; precision, quantize, group, quantize_embeddings, kv_precision; context, batch,
-    prefill_tokens (tokens in one pass), tp, replicas; weight_bytes, weight_bytes_by_part (one whole copy: embedding,
-    attention, mlp, norm, head), kv_bytes_per_token (of one sequence, on all ranks), kv_bytes (of all sequences);
-    devices: a list with device, memory_bytes, bandwidth_bytes_per_s or null, weight_bytes, weight_bytes_by_part,
-    kv_bytes_per_token, kv_bytes, activation_bytes, workspace_bytes, total_bytes, free_bytes (negative where it does
-    not fit), fits; fits (all devices); max_context at this batch, max_batch at this context (0: none fits);
-    tokens_per_s: upper bound for all sequences together, null where a device's bandwidth is not known.
+    model, preset, stored_types (of a checkpoint planned as it lies, else null), parameters; precision, quantize,
+    group, quantize_embeddings, kv_precision; context, batch, prefill_tokens (tokens in one pass), tp, replicas;
+    weight_bytes, weight_bytes_by_part (one whole copy: embedding, attention, mlp, norm, head), kv_bytes_per_token (of
+    one sequence, on all ranks), kv_bytes (of all sequences); devices: a list with device, memory_bytes,
+    bandwidth_bytes_per_s or null, weight_bytes, weight_bytes_by_part, kv_bytes_per_token, kv_bytes, activation_bytes,
+    workspace_bytes, total_bytes, free_bytes (negative where it does not fit), fits; fits (all devices); max_context
+    at this batch, max_batch at this context (0: none fits); tokens_per_s: upper bound for all sequences together,
+    null where a device's bandwidth is not known.
     """
     from openglm.model.devices import parse_devices
     from openglm.model.plan import PREFILL_CHUNK, Workload, plan
     from openglm.presets import PRESETS
 
-    name, config, stored = _model(o.model)
+    model = _model(o.model)
+    config = model.config
     if o.chunk is not None and config.mask == "prefix":
         raise ValueError("--chunk is for causal models: with a prefix mask a prompt goes through in one pass")
-    form = _form(o, stored)
+    form = _form(o, model.form)
+    as_stored = o.precision is o.quantize is o.group is None and not o.quantize_embeddings
     work = Workload(
         context=min(DEFAULT_CONTEXT, config.max_seq_len) if o.context is None else o.context,
         batch=o.batch,
         kv=form.precision if o.kv is None else o.kv,
         chunk=PREFILL_CHUNK if o.chunk is None else o.chunk,
     )
-    result = plan(config, parse_devices(o.devices), form, work, o.tp)
+    result = plan(config, parse_devices(o.devices), form, work, o.tp, model.bytes_by_part if as_stored else None)
     same = [preset for preset, known in PRESETS.items() if known == config]
-    return {"model": name, "preset": same[0] if same else None, **result.to_dict()}
+    types = model.types if as_stored else None
+    return {"model": model.name, "preset": same[0] if same else None, "stored_types": types, **result.to_dict()}
 
 
-def _model(reference: str | None) -> tuple[str, GLMConfig, WeightForm]:
-    """(name, config, form of the weights as they are stored) of a checkpoint or preset."""
+@dataclass(frozen=True)
+class _Stored:
+    """A preset (in fp16), or a checkpoint as it lies. types: of its tensors, the largest share first.
+
+    bytes_by_part: of its weights once loaded; None for a preset, which `form` says all of.
+    """
+
+    name: str
+    config: GLMConfig
+    form: WeightForm
+    types: list[str] | None = None
+    bytes_by_part: Mapping[str, int] | None = None
+
+
+def _model(reference: str | None) -> _Stored:
+    from openglm.loading import resolve
     from openglm.model.cost import WeightForm
     from openglm.presets import PRESETS, parse_preset
 
@@ -79,29 +101,65 @@ def _model(reference: str | None) -> tuple[str, GLMConfig, WeightForm]:
         if not known and not reference.startswith("random:"):
             hint = nearest(name, list(PRESETS))
             raise ValueError(f"no model at {reference}{hint}: give a checkpoint, or a preset: {', '.join(PRESETS)}")
-        return reference, parse_preset(name), WeightForm()
+        return _Stored(reference, parse_preset(name), WeightForm())
     from openglm.model.opened import open_model
 
-    if reference is None:
-        from openglm.chat import resolve
-
-        path = Path(resolve(None))
-    else:
-        path = Path(reference).expanduser()
-    opened = open_model(path)
-    return str(path), opened.config, _stored_form(opened.get("layers.0.attn.out.weight"))
+    opened = open_model(resolve(reference))
+    types, bytes_by_part = _loaded(opened)
+    form = _form_of(opened.get("layers.0.attn.out.weight"))
+    return _Stored(str(opened.path), opened.config, form, types, bytes_by_part)
 
 
-def _stored_form(weight: Any) -> WeightForm:
-    """How a checkpoint stores its matrices, told by one of them. Beside packed ones the rest is taken to be fp16."""
+def _loaded(opened: OpenedModel) -> tuple[list[str], dict[str, int]]:
+    """(types in the files, bytes by part once loaded) of a checkpoint.
+
+    Types and shapes come from headers. What form tensors of a type, or of several joined, take once loaded is seen on
+    the smallest of them, which alone is read.
+    """
+    kinds: dict[str, frozenset[str]] = {}
+    types: dict[str, int] = {}
+    for name, kind, n_bytes in opened.stored():
+        kinds[name] = kinds.get(name, frozenset()) | {kind}
+        types[kind] = types.get(kind, 0) + n_bytes
+    shapes = {name: [opened.source.shape(t) for t in theirs] for name, theirs in opened.names().items()}
+    by_size = sorted(kinds, key=lambda name: sum(prod(shape) for shape in shapes[name]), reverse=True)
+    samples = {of: opened.get(name) for of, name in {kinds[name]: name for name in by_size}.items()}
+    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
+    for name, of in kinds.items():
+        parts[_part(name)] += sum(_n_bytes(shape, samples[of]) for shape in shapes[name])
+    return sorted(types, key=lambda kind: -types[kind]), parts
+
+
+def _part(name: str) -> str:
+    """Which part a tensor of ours belongs to."""
+    for mark, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("embed", "embedding"), ("head.", "head")):
+        if mark in name:
+            return part
+    return "norm"
+
+
+def _n_bytes(shape: tuple[int, ...], like: Weight) -> int:
+    """Bytes of a tensor of this shape in the form of another."""
+    from openglm.ops.quant import QuantTensor
+
+    if not isinstance(like, QuantTensor):
+        return prod(shape) * like.itemsize
+    rows, columns = shape
+    groups = 1 if like.group_size == like.columns else columns // like.group_size
+    scales = groups * like.scale.itemsize * (1 if like.minimum is None else 2)
+    return rows * (columns * like.bits // 8 + scales)
+
+
+def _form_of(weight: Weight) -> WeightForm:
+    """The form of a checkpoint, told by one matrix: what activations are computed in, and the base for options."""
     from openglm.model.cost import WeightForm
     from openglm.ops.quant import QuantTensor
 
     if isinstance(weight, QuantTensor):
         group = None if weight.group_size == weight.columns else weight.group_size
         return WeightForm(quantize=f"int{weight.bits}", group=group, minimum=weight.minimum is not None)
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    return WeightForm(precision=names[str(weight.dtype)])
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+    return WeightForm(precision=names.get(str(weight.dtype), "fp16"))
 
 
 def _form(o: argparse.Namespace, stored: WeightForm) -> WeightForm:
@@ -127,6 +185,8 @@ def plan_print(value: dict[str, Any]) -> None:
     if value["quantize"]:
         group = "whole rows" if value["group"] == "row" else f"groups of {value['group']}"
         form = f"{value['quantize']} in {group}, the rest {form}"
+    if value["stored_types"]:
+        form = f"as stored ({', '.join(value['stored_types'])})"
     groups = f", {value['replicas']} replicas" if value["replicas"] > 1 else ""
     print(f"{value['model']}: {value['parameters']:,} parameters, {form}: {_size(value['weight_bytes'])} of weights, "
           f"{value['kv_bytes_per_token']:,} bytes of cache a token")  # fmt: skip

@@ -140,11 +140,17 @@ def json_of(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_weight_bytes_of_released_files(shared_data: Path, capsys: pytest.CaptureFixture[str], folder: str) -> None:
     """To the byte, but for what a model has no use for: rotary buffers, a head equal to the embedding."""
     without = ("inv_freq", "lm_head") if folder.startswith("chatglm-6b") else ("inv_freq",)
-    value = json_of(capsys, str(shared_data / "golden" / folder), "--devices", "1GB")
     stored = file_bytes(shared_data / "golden" / folder, without=without)
+    lying = json_of(capsys, str(shared_data / "golden" / folder), "--devices", "1GB")
+    assert lying["weight_bytes"] == stored and lying["stored_types"]
+    # The same from the shape alone: the form is named, so that nothing is taken from the files.
+    form = ["--precision", "fp16"]
+    if lying["quantize"] is not None:
+        form += ["--quantize", lying["quantize"], "--group", lying["group"]]
+    planned = json_of(capsys, str(shared_data / "golden" / folder), "--devices", "1GB", *form)
     if folder.startswith("chatglm-6b"):  # its norms are kept in float32
-        stored -= value["weight_bytes_by_part"]["norm"]
-    assert value["weight_bytes"] == stored
+        stored -= planned["weight_bytes_by_part"]["norm"]
+    assert planned["weight_bytes"] == stored
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -261,8 +267,8 @@ def test_device_lists(text: str, memory: list[int], bandwidth: float | None) -> 
 def test_json_keys_and_whole_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     value = json_of(capsys, "glm-130b", "--devices", "4xRTX3090", "--quantize", "int4", "--context", "1024")
     assert list(value) == [
-        "model", "preset", "parameters", "precision", "quantize", "group", "quantize_embeddings", "kv_precision",
-        "context", "batch", "prefill_tokens", "tp", "replicas", "weight_bytes", "weight_bytes_by_part",
+        "model", "preset", "stored_types", "parameters", "precision", "quantize", "group", "quantize_embeddings",
+        "kv_precision", "context", "batch", "prefill_tokens", "tp", "replicas", "weight_bytes", "weight_bytes_by_part",
         "kv_bytes_per_token", "kv_bytes", "devices", "fits", "max_context", "max_batch", "tokens_per_s",
     ]  # fmt: skip
     assert (value["preset"], value["group"], value["tp"], value["fits"]) == ("glm-130b", 32, 4, True)

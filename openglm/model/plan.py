@@ -18,7 +18,7 @@ What the driver and the CUDA context take is no part: see `model/devices.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,7 @@ class Plan:
     max_context: int
     max_batch: int
     tokens_per_s: float | None
+    stored: Mapping[str, int] | None = None
 
     @property
     def fits(self) -> bool:
@@ -127,7 +128,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The value of --json. Keys: see `plan_value` of openglm/cli_plan.py."""
-        whole = weight_bytes_by_part(self.config, self.form)
+        whole = _weights(self.config, self.form, 1, self.stored)
         per_token = kv_bytes(self.config, self.work.kv)
         quantize, replicas = self.form.quantize, len(self.devices) // self.tp
         return {
@@ -155,10 +156,17 @@ class Plan:
 
 
 def plan(
-    config: GLMConfig, devices: Sequence[Device], form: WeightForm, work: Workload, tp: int | None = None
+    config: GLMConfig,
+    devices: Sequence[Device],
+    form: WeightForm,
+    work: Workload,
+    tp: int | None = None,
+    stored: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of a model on `devices`, `tp` of which share one copy of it (default: all).
 
+    stored: bytes by part of a checkpoint whose tensors differ in type, in place of what `form` gives; a rank's share
+    of each part is as in `form`.
     Raises ValueError in one line for a context longer than the model's and for ranks that do not divide the devices,
     the heads, the MLP or the vocabulary.
     """
@@ -175,14 +183,14 @@ def plan(
 
     def fits(context: int, batch: int) -> bool:
         there = Workload(context=context, batch=batch, kv=work.kv, chunk=work.chunk)
-        return all(_on_device(config, d, form, there, tp).fits for d in set(devices))
+        return all(_on_device(config, d, form, there, tp, stored).fits for d in set(devices))
 
-    on_each = {d: _on_device(config, d, form, work, tp) for d in set(devices)}
+    on_each = {d: _on_device(config, d, form, work, tp, stored) for d in set(devices)}
     return Plan(
         config, form, work, tp, tuple(on_each[d] for d in devices),
         max_context=_largest(lambda n: fits(n, work.batch), config.max_seq_len),
         max_batch=_largest(lambda n: fits(work.context, n)),
-        tokens_per_s=_bound(config, form, work, tp, tuple(on_each[d] for d in devices)),
+        tokens_per_s=_bound(config, work, tp, tuple(on_each[d] for d in devices)), stored=stored,
     )  # fmt: skip
 
 
@@ -210,16 +218,27 @@ def _largest(fits: Callable[[int], bool], limit: int | None = None) -> int:
 # -------------------------------------------------------------------- parts
 
 
-def _on_device(config: GLMConfig, device: Device, form: WeightForm, work: Workload, tp: int) -> DevicePlan:
+def _on_device(
+    config: GLMConfig, device: Device, form: WeightForm, work: Workload, tp: int, stored: Mapping[str, int] | None
+) -> DevicePlan:
     per_token = kv_bytes(config, work.kv, tp)
     return DevicePlan(
         device,
-        weight_bytes_by_part(config, form, tp),
+        _weights(config, form, tp, stored),
         per_token,
         per_token * work.context * work.batch,
         activation_bytes(config, form, work, tp),
         workspace_bytes(config, form, work, tp),
     )
+
+
+def _weights(config: GLMConfig, form: WeightForm, tp: int, stored: Mapping[str, int] | None) -> dict[str, int]:
+    """Bytes of weights by part on one of `tp` ranks."""
+    rank = weight_bytes_by_part(config, form, tp)
+    if stored is None:
+        return rank
+    whole = weight_bytes_by_part(config, form)
+    return {part: -(-stored.get(part, 0) * n // whole[part]) if n else 0 for part, n in rank.items()}
 
 
 def kv_bytes(config: GLMConfig, precision: str, tp: int = 1) -> int:
@@ -267,9 +286,7 @@ def workspace_bytes(config: GLMConfig, form: WeightForm, work: Workload, tp: int
     return mask + block + logits
 
 
-def _bound(
-    config: GLMConfig, form: WeightForm, work: Workload, tp: int, devices: Sequence[DevicePlan]
-) -> float | None:
+def _bound(config: GLMConfig, work: Workload, tp: int, devices: Sequence[DevicePlan]) -> float | None:
     """Tokens a second of all sequences if a decode step took only the time to read weights and cache."""
     seconds = 0.0
     for d in devices:
