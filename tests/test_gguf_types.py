@@ -13,7 +13,8 @@ from openglm.ops.quant import QuantTensor
 
 gguf = pytest.importorskip("gguf")
 KEPT = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 8, "Q6_K": 8, "Q8_0": 8}
-HALVES = {"Q5_1": (0, 2), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
+TWO = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
+HALVES = {**TWO, "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}  # where a block's float16 numbers are
 
 
 def blocks(type: str, rows: int = 24, columns: int = 768) -> np.ndarray[Any, Any]:

@@ -136,8 +136,9 @@ def open_gguf(path: str | Path) -> GgufModel:
 
 def _meta(architecture: str, fields: Mapping[str, Any]) -> CheckpointMeta:
     if META_KEY in fields:
-        values = json.loads(fields[META_KEY])
-        return CheckpointMeta(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = json.loads(fields[META_KEY])
+        tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return CheckpointMeta(**values | tuples)
     generation = {ours: fields[key] for ours, key in SAMPLING.items() if key in fields}
     return CheckpointMeta(stop_ids=_stop_ids(architecture, fields), generation=generation)
 
