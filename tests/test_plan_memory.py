@@ -145,9 +145,9 @@ def test_a_gguf_of_many_types_takes_what_is_planned(tmp_path: Path, capsys: pyte
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    value = planned_bytes(tmp_path / "m.gguf", capsys)
-    assert value["weight_bytes"] == weight_bytes(load_weights(open_model(tmp_path / "m.gguf")))
-    assert set(value["stored_types"]) == {"Q8_0", "F16", "F32", "Q4_0", "Q4_1", "Q5_0"}
+    plan_of_file = planned_bytes(tmp_path / "m.gguf", capsys)
+    assert plan_of_file["weight_bytes"] == weight_bytes(load_weights(open_model(tmp_path / "m.gguf")))
+    assert set(plan_of_file["stored_types"]) == {"Q8_0", "F16", "F32", "Q4_0", "Q4_1", "Q5_0"}
     halves = planned_bytes(tmp_path / "m.gguf", capsys, "2x1GB")["devices"]
-    shares, norm = sum(d["weight_bytes"] for d in halves), value["weight_bytes_by_part"]["norm"]
-    assert shares == value["weight_bytes"] + norm  # every rank has the norms
+    shares, norm = sum(d["weight_bytes"] for d in halves), plan_of_file["weight_bytes_by_part"]["norm"]
+    assert shares == plan_of_file["weight_bytes"] + norm  # every rank has the norms
