@@ -162,7 +162,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     config = shape()
     np.save(args.folder / "rows.npy", synthetic_rows(args.steps * args.batch_rows, args.row_len, config.vocab_size))
     state = init_weights(Transformer(config), seed=1).state_dict()
-    exported = {name: t.contiguous() for name, t in export_weights(FAMILIES["hf-glm"], config, state)}
+    weights = export_weights(FAMILIES["hf-glm"], config, state)
+    exported = {name: t.contiguous() for name, t in weights if isinstance(t, torch.Tensor)}
     save_file(exported, args.folder / "weights.safetensors")
     return {"parameters": n_parameters(config)}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openglm.model.adapters import ENCODER, apply_adapter, with_prefix
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.opened import OpenedModel, open_model
 
@@ -68,9 +69,9 @@ def open_reference(
     chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
     """
     opened = open_model(path)
+    if any(name.startswith(ENCODER) for name in opened.source.names()):
+        opened = with_prefix(opened, opened.path)
     if adapter is not None:
-        from openglm.model.adapters import apply_adapter
-
         opened = apply_adapter(opened, adapter)
     tokenizer = _tokenizer(opened)
     if tokenizer is not None:

@@ -63,7 +63,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.weight.device
+        return self.model.device
 
     # ---------------------------------------------------------------- generation
 
@@ -150,7 +150,7 @@ class Engine:
         """The one row of `cache`, copied to every row of a new one."""
         wide = self._cache(n_rows, max_len)
         c = self.config
-        nothing = torch.empty(1, c.n_kv_heads, 0, c.head_dim, device=self.device, dtype=self.model.embed.weight.dtype)
+        nothing = torch.empty(1, c.n_kv_heads, 0, c.head_dim, device=self.device, dtype=self.model.dtype)
         for layer in range(c.n_layers):
             keys, values = (x[:, :, cache.n_prefix :] for x in cache.append(layer, nothing, nothing))
             wide.append(layer, keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
@@ -209,7 +209,7 @@ class Engine:
         return prompt_layout(ids, self.config, self.special_ids)
 
     def _cache(self, n_rows: int, max_len: int) -> KVCache:
-        return KVCache(self.config, n_rows, max_len, self.device, self.model.embed.weight.dtype, self.model.kv_prefix)
+        return KVCache(self.config, n_rows, max_len, self.device, self.model.dtype, self.model.kv_prefix)
 
     def _batch(self, ids: list[int], layout: PromptLayout) -> ForwardBatch:
         # A context of one token sees nothing that causal attention does not: keep the mask-free kernel.

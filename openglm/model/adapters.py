@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openglm.config import GLMConfig
+from openglm.model.export import hf_architecture
 from openglm.model.opened import OpenedModel
 from openglm.model.released import read_json
 from openglm.model.sources import FileSource, open_files
 from openglm.model.weights import FAMILIES, Family, head_order, import_weight, names_of
 from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["apply_adapter", "with_prefix"]
+__all__ = ["ENCODER", "apply_adapter", "with_prefix"]
 
 ENCODER = "transformer.prefix_encoder."
 PEFT = "base_model.model."
@@ -159,17 +161,21 @@ def _pairs(files: FileSource, folder: Path) -> dict[str, tuple[str, str]]:
 
 def _family_of(opened: OpenedModel, targets: frozenset[str], folder: Path) -> Family:
     """The family whose names the adapter uses: the opened one's own, or another layout of the same model."""
-    candidates = [opened.table] if opened.table is not None else []
-    for family in [*candidates, *FAMILIES.values()]:
-        try:
-            known = {name for theirs in names_of(family, opened.config).values() for name in theirs}
-        except KeyError:
-            continue
-        if targets <= known:
+    for family in [*([opened.table] if opened.table else []), *_layouts(opened.config)]:
+        if targets <= {name for theirs in names_of(family, opened.config).values() for name in theirs}:
             return family
-    known_here = sorted(name for theirs in opened.names().values() for name in theirs)
-    odd = sorted(targets - set(known_here))[0]
+    known = {name for theirs in opened.names().values() for name in theirs}
+    odd = sorted(targets - known)[0]
     raise ValueError(f"{folder} changes {odd}, which this model lacks: the adapter was trained for another base")
+
+
+def _layouts(config: GLMConfig) -> list[Family]:
+    """The layouts that a model of this config is released in."""
+    if config.mask == "prefix":
+        original = "glm-10b" if config.positions == "learned" else "chatglm-6b" if config.n_axes == 2 else "glm-130b"
+        return [FAMILIES[original]]
+    layouts = [FAMILIES[hf_architecture(config)[1]]]
+    return [*layouts, FAMILIES["chatglm2"]] if config.rope.fraction < 1.0 and not config.sandwich else layouts
 
 
 def _rows_of(family: Family, opened: OpenedModel, name: str, theirs: tuple[str, ...]) -> list[int]:

@@ -49,6 +49,11 @@ def architecture_of(config: GLMConfig) -> str:
     if config.sandwich:
         return "glm4"
     if rope.fraction < 1:
+        if config.n_heads * config.head_dim != config.dim:
+            raise ValueError(
+                f"llama.cpp's chatglm needs heads as wide as the model ({config.dim}), not "
+                f"{config.n_heads} x {config.head_dim}: convert to openglm or hf instead"
+            )
         return "chatglm"
     return "qwen2" if config.qkv_bias else "llama"
 

@@ -186,10 +186,6 @@ def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
         path, family, config, _released_meta(path, head, family), source, FAMILIES[family], _template(path)
     )
     _check_names(opened, names)
-    if any(name.startswith("transformer.prefix_encoder.") for name in names):
-        from openglm.model.adapters import with_prefix
-
-        return with_prefix(opened, path)
     return opened
 
 

@@ -46,7 +46,7 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
         if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
             return "chatglm-6b", _chatglm_6b(c, shape)
         if kind == "chatglm":
-            return "chatglm2", _chatglm2(c, folder, names)
+            return "chatglm2", _chatglm2(c, folder)
         if kind in ("glm", "glm4"):
             return f"hf-{kind}", _hf_glm(c, kind, names)
         if kind in ("llama", "qwen2"):
@@ -71,7 +71,7 @@ def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
     )  # fmt: skip
 
 
-def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str]) -> GLMConfig:
+def _chatglm2(c: Mapping[str, Any], folder: Path) -> GLMConfig:
     for field, only in (("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
                         ("apply_residual_connection_post_layernorm", False)):  # fmt: skip
         if c.get(field, only) is not only:
@@ -86,7 +86,7 @@ def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str]) -> GLMC
         head_dim=c["kv_channels"], ffn_dim=c["ffn_hidden_size"], max_seq_len=c["seq_length"],
         norm_eps=c["layernorm_epsilon"], qkv_bias=c.get("add_qkv_bias", True),
         rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
-        tie_embeddings="transformer.output_layer.weight" not in names,
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _hf_shape(c: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
         "head_dim": c.get("head_dim") or c["hidden_size"] // heads, "ffn_dim": c["intermediate_size"],
         "max_seq_len": c["max_position_embeddings"], "norm_eps": c["rms_norm_eps"],
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in names,
-        "tie_embeddings": bool(c.get("tie_word_embeddings", False)) or "lm_head.weight" not in names,
+        "tie_embeddings": bool(c.get("tie_word_embeddings", False)),
     }  # fmt: skip
 
 

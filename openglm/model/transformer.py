@@ -150,9 +150,21 @@ class Transformer(nn.Module):
             self._inv_freq = self._inv_freq.to(positions.device)
         return rope_angles(positions, self._inv_freq, self._rope_scale)
 
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations; matrices may be quantised."""
+        return self.norm.weight.dtype
+
     def head_weight(self) -> Tensor:
         """(vocab_size, dim) output matrix: the head's own, or the embedding's when tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        if self.head is None:
+            return self.embed.weight
+        assert isinstance(self.head.weight, Tensor), "a quantised head has no weight to train"
+        return self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocab_size) float32."""

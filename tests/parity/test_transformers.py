@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from openglm.config import GLMConfig, RopeConfig
+from openglm.engine import Engine
 from openglm.model.batch import ForwardBatch
+from openglm.model.load import build_transformer
+from openglm.model.opened import open_model
 from openglm.model.transformer import Transformer
 from openglm.model.weights import FAMILIES, export_weights, import_weights
 
@@ -19,7 +23,6 @@ SIZE: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "vocab_size": 131, "dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "ffn_dim": 88, "max_seq_len": 128,
 }  # fmt: skip
-
 
 
 def rope(theta: float, fraction: float | None = None) -> dict[str, Any]:
@@ -76,4 +79,36 @@ def test_export_gives_the_same_tensors(pair: tuple[Any, Transformer, str]) -> No
     exported = dict(export_weights(FAMILIES[table], model.config, model.state_dict()))
     assert exported.keys() == theirs.keys() - ({"lm_head.weight"} if model.head is None else set())
     for name, tensor in exported.items():
-        assert torch.equal(tensor, theirs[name]), name
+        assert isinstance(tensor, torch.Tensor) and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_saved_folder_loads_as_it_lies(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    prefix, theirs, _, ours = SHAPES[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZE, **theirs})
+    reference = getattr(transformers, f"{prefix}ForCausalLM")(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path, max_shard_size="60KB")
+    opened = open_model(tmp_path)
+    assert opened.config == GLMConfig(**{**OURS, **ours})
+    ids = torch.randint(0, 131, (30,)).tolist()
+    engine = Engine(build_transformer(opened, dtype=torch.float32), {})
+    torch.testing.assert_close(engine.logits(ids), reference(torch.tensor([ids])).logits[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prefix", ["Glm4", "Qwen2", "Llama"])
+def test_yarn_when_the_config_asks(prefix: str, tmp_path: Path) -> None:
+    """Positions past the context trained on, as the README of GLM-4-0414 advises for long prompts."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    fraction = {"partial_rotary_factor": 0.5} if prefix == "Glm4" else {}
+    torch.manual_seed(2)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZE, "head_dim": 16, "rope_parameters": yarn | fraction})
+    reference = getattr(transformers, f"{prefix}ForCausalLM")(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path)
+    opened = open_model(tmp_path)
+    assert opened.config.rope.yarn_factor == 4.0 and opened.config.rope.yarn_context == 32
+    ids = torch.randint(0, 131, (100,)).tolist()
+    engine = Engine(build_transformer(opened, dtype=torch.float32), {})
+    torch.testing.assert_close(engine.logits(ids), reference(torch.tensor([ids])).logits[0], rtol=0, atol=5e-5)

@@ -1,0 +1,236 @@
+"""Conversion: out and back bit for bit, the original's own quantisation, killed and continued, and refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openglm.config import GLMConfig, RopeConfig
+from openglm.convert import convert
+from openglm.convert import plan as plan_module
+from openglm.loading import Reference, open_reference
+from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
+from openglm.model.init import init_weights
+from openglm.model.load import build_transformer, load_weights
+from openglm.model.opened import OpenedModel, open_model
+from openglm.model.transformer import Transformer
+from openglm.model.writer import OutputFolder
+from openglm.ops.quant import QuantTensor
+from openglm.quant import QuantSpec, quantise
+
+CAUSAL = GLMConfig(
+    vocab_size=96, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, max_seq_len=64,
+    rope=RopeConfig(fraction=0.5, theta=5e6),
+)  # fmt: skip
+
+
+def bare(path: Path) -> Reference:
+    return Reference(open_model(path), None, None)
+
+
+def assert_same(ours: OpenedModel, other: OpenedModel) -> None:
+    """Equal configs and equal bits."""
+    assert ours.config == other.config
+    left, right = dict(ours.weights()), dict(other.weights())
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        found = right[name]
+        if isinstance(weight, QuantTensor):
+            assert isinstance(found, QuantTensor) and torch.equal(weight.q, found.q), name
+            assert torch.equal(weight.scale, found.scale), name
+        else:
+            assert isinstance(found, torch.Tensor) and weight.dtype == found.dtype, name
+            assert torch.equal(weight, found), name
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("convert") / "causal"
+    meta = CheckpointMeta({"<|user|>": 90}, (90,), generation={"temperature": 0.5, "top_p": 0.8})
+    save_checkpoint(folder, init_weights(Transformer(CAUSAL), seed=1), CAUSAL, meta, dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize(("source", "format", "options"), [
+    ("glm-130b/mp1", "openglm", {}), ("glm-130b/mp1-int4", "openglm", {}), ("glm-130b/mp2-int4", "openglm", {}),
+    ("glm-130b/mp2", "sat", {"tp": 4}), ("glm-130b/mp1", "sat", {"tp": 2}), ("glm-130b/mp2-int4", "sat", {"tp": 2}),
+    ("glm-10b/mp2", "sat", {"tp": 1}), ("glm-10b/mp1", "sat", {"tp": 4}), ("glm-10b/mp1", "openglm", {}),
+    ("chatglm-6b", "openglm", {}), ("chatglm-6b/int8", "openglm", {}), ("chatglm2-6b/int4", "openglm", {}),
+    ("chatglm2-6b", "hf", {}), ("codegeex2-6b", "hf", {}), ("glm-4-9b", "hf", {}),
+])  # fmt: skip
+def test_out_and_back_is_bit_identical(
+    shared_data: Path, tmp_path: Path, source: str, format: Any, options: dict[str, Any]
+) -> None:
+    path = shared_data / "golden" / source
+    convert(bare(path), tmp_path / "out", format, **options)
+    assert_same(open_model(path), open_model(tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_there_and_back_through_hugging_face(causal: Path, tmp_path: Path) -> None:
+    convert(bare(causal), tmp_path / "hf", "hf")
+    convert(bare(tmp_path / "hf"), tmp_path / "ours", "openglm")
+    assert_same(open_model(causal), open_model(tmp_path / "ours"))
+    meta = open_model(tmp_path / "ours").meta
+    assert meta.stop_ids == (90,) and meta.generation == {"temperature": 0.5, "top_p": 0.8}
+
+
+@pytest.mark.parametrize("kind", ["glm", "glm4", "llama", "qwen2"])
+def test_transformers_loads_what_we_write(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    shapes: dict[str, dict[str, Any]] = {
+        "glm": {"rope": RopeConfig(fraction=0.5)}, "glm4": {"rope": RopeConfig(fraction=0.5), "sandwich": True},
+        "llama": {"qkv_bias": False, "rope": RopeConfig(yarn_factor=2.0, yarn_context=32)},
+        "qwen2": {"tie_embeddings": True, "rope": RopeConfig(theta=1e6)},
+    }  # fmt: skip
+    config = GLMConfig(**(CAUSAL.to_dict() | shapes[kind]))
+    model = init_weights(Transformer(config), seed=2, std=0.3)
+    save_checkpoint(tmp_path / "ours", model, config, CheckpointMeta(stop_ids=(5,)))
+    convert(bare(tmp_path / "ours"), tmp_path / "hf", "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert theirs.config.model_type == kind and theirs.generation_config.eos_token_id == [5]
+    ids = torch.arange(40)[None] % 96
+    ours = build_transformer(open_model(tmp_path / "hf"), dtype=torch.float32)
+    from openglm.engine import Engine
+
+    logits = Engine(ours, {}).logits(ids[0].tolist())
+    torch.testing.assert_close(logits, theirs(ids).logits[0].detach(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("source", "tp", "bits", "golden"), [
+    ("mp1", 1, "int4", "mp1-int4"), ("mp1", 1, "int8", "mp1-int8"), ("mp1", 2, "int4", "mp2-int4"),
+    ("mp2", 2, "int4", "mp2-int4"),
+])  # fmt: skip
+def test_quantising_shards_gives_the_original_tools_bytes(
+    shared_data: Path, tmp_path: Path, source: str, tp: int, bits: str, golden: str
+) -> None:
+    folder = shared_data / "golden" / "glm-130b"
+    convert(bare(folder / source), tmp_path / "out", "sat", QuantSpec.parse(bits, "row"), tp=tp)
+    for rank in range(tp):
+        name = f"mp_rank_{rank:02d}_model_states.pt"
+        ours = torch.load(tmp_path / "out" / "0" / name, weights_only=True)["module"]
+        theirs = torch.load(next((folder / golden).rglob(name)), weights_only=True)["module"]
+        for key, tensor in theirs.items():
+            if "inv_freq" not in key:
+                assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize(("bits", "group"), [("int8", "32"), ("int4", "32"), ("int4", "row")])
+def test_rounding_is_to_nearest(bits: str, group: str) -> None:
+    """Against the definition in float64: no weight moves by more than half a step (and the scale's own rounding)."""
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    spec = QuantSpec.parse(bits, group)
+    found = quantise(weight, spec)
+    step = found.scale.double().repeat_interleave(found.group_size, 1)
+    inside = (found.dequantise().double() - weight.double()).abs() <= 0.51 * step + 1e-3 * weight.abs().max()
+    assert bool(inside.all())
+    assert found.q.numel() * found.q.element_size() * 8 == weight.numel() * spec.bits
+
+
+def test_quantised_checkpoint_runs_and_is_small(causal: Path, tmp_path: Path) -> None:
+    spec = QuantSpec.parse("int4", None, embeddings=True)
+    convert(bare(causal), tmp_path / "q", "openglm", spec)
+    opened = open_model(tmp_path / "q")
+    model = load_weights(opened, dtype=torch.float32)
+    plain = build_transformer(open_model(causal), dtype=torch.float32)
+    for name, weight in opened.weights():
+        if isinstance(weight, QuantTensor):
+            plain.get_parameter(name).data = weight.dequantise()
+    from openglm.engine import Engine
+
+    ids = [1, 5, 7, 9, 11]
+    torch.testing.assert_close(Engine(model, {}).logits(ids), Engine(plain, {}).logits(ids), rtol=0, atol=1e-5)
+    shapes = {name: tuple(w.shape) for name, w in opened.weights() if isinstance(w, QuantTensor)}
+    assert len(shapes) == 2 + 4 * CAUSAL.n_layers  # embedding and head, and the four matrices of each block
+    assert sum(n for _, kind, n in opened.stored() if kind == "int4") == sum(map(spec.n_bytes, shapes.values()))
+
+
+# -------------------------------------------------------------------- killed
+
+
+def _convert_and_die(source: str, target: str, after: int) -> None:
+    """Convert in small shards; SIGKILL on the way to shard number `after`."""
+    plan_module.SHARD_BYTES = 4096
+    real = OutputFolder.write_shard
+
+    def counted(self: OutputFolder, name: str, weights: Any, n: int) -> list[str]:
+        if len(self.sums) == after:
+            (self.folder / f"{name}.tmp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, name, weights, n)
+
+    OutputFolder.write_shard = counted  # type: ignore[assignment, method-assign]
+    convert(bare(Path(source)), target)
+
+
+def test_a_killed_conversion_continues(causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    process = multiprocessing.get_context("spawn").Process(target=_convert_and_die, args=(str(causal), str(target), 3))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not target.exists()
+    monkeypatch.setattr(plan_module, "SHARD_BYTES", 4096)
+    opened: list[str] = []
+    real = OpenedModel.get
+
+    def noted(self: OpenedModel, name: str) -> Any:
+        opened.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(OpenedModel, "get", noted)
+    found = convert(bare(causal), target)
+    assert found.continued and opened and "embed.weight" not in opened, "finished shards are not written again"
+    assert (target / "model.safetensors.index.json").is_file()
+    assert_same(open_model(causal), open_model(target))
+    load_weights(open_model(target))  # the manifest holds
+
+
+def test_what_another_conversion_left_is_not_mixed_in(causal: Path, tmp_path: Path) -> None:
+    OutputFolder(tmp_path / "out", {"other": 1}).write_bytes("model.safetensors", b"another model")
+    found = convert(bare(causal), tmp_path / "out")
+    assert not found.continued
+    assert_same(open_model(causal), open_model(tmp_path / "out"))
+
+
+# -------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(("source", "format", "options", "words"), [
+    ("glm-130b/mp1", "hf", {}, "prefix-bidirectional mask"),
+    ("glm-130b/mp1", "gguf", {}, "gguf"),
+    ("glm-130b/mp1", "sat", {"tp": 3}, "4 heads do not divide among 3 ranks"),
+    ("glm-130b/mp2-int4", "sat", {"tp": 4}, "was quantised for 2 ranks"),
+    ("chatglm2-6b", "sat", {}, "only GLM-130B and the original GLM"),
+    ("chatglm2-6b", "hf", {"spec": QuantSpec()}, "does not go with --format hf"),
+    ("chatglm2-6b", "openglm", {"tp": 2}, "--tp goes with --format sat"),
+    ("chatglm2-6b", "openglm", {"spec": QuantSpec(group=48)}, "groups of 48 do not divide"),
+    ("glm-130b/mp1", "sat", {"spec": QuantSpec()}, "--group row"),
+])  # fmt: skip
+def test_refused(
+    shared_data: Path, tmp_path: Path, source: str, format: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        convert(bare(shared_data / "golden" / source), tmp_path / "out", format, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_target_is_kept(causal: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(bare(causal), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "x"
+
+
+def test_stop_ids_and_special_ids_travel_with_shards(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "golden" / "glm-130b" / "mp1"
+    convert(open_reference(source), tmp_path / "out", "sat")
+    assert open_reference(tmp_path / "out").meta == open_reference(source).meta
+    assert json.loads((tmp_path / "out" / "model_args.json").read_text())["special_ids"]["sop"] == 304
