@@ -9,11 +9,9 @@ model. Nothing of the weights is read here.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openglm.model.adapters import ENCODER, apply_adapter, with_prefix
 from openglm.model.checkpoint import CheckpointMeta
@@ -124,39 +122,9 @@ def _completed(opened: OpenedModel, tokenizer: Tokenizer | None) -> CheckpointMe
         start, closing = (tuple(special[n] for n in (name,) if n in special) for name in (begin, end))
         return dataclasses.replace(meta, prompt_prefix=start, prompt_suffix=whole, fill_suffix=closing)
     template = opened.chat_template
-    if whole and (template is None or "[gMASK]<sop>" in template or opened.family == "chatglm2"):
+    if whole and (template is None or "[gMASK]<sop>" in template):
         return dataclasses.replace(meta, prompt_prefix=whole)
-    return dataclasses.replace(meta, prompt_prefix=_begin(opened, special))
-
-
-def _begin(opened: OpenedModel, special: Mapping[str, int]) -> tuple[int, ...]:
-    """The begin-of-text id, where the tokenizer's own settings put one in front of a text."""
-    fields = opened.tokenizer_fields
-    if fields is not None:
-        begin = fields.get("tokenizer.ggml.bos_token_id")
-        default = fields.get("tokenizer.ggml.model") == "llama"
-        return (int(begin),) if begin is not None and fields.get("tokenizer.ggml.add_bos_token", default) else ()
-    settings = _json(opened.path / "tokenizer_config.json")
-    begin = settings.get("bos_token")
-    begin = begin.get("content") if isinstance(begin, dict) else begin
-    if settings.get("add_bos_token", False) and isinstance(begin, str) and begin in special:
-        return (special[begin],)
-    # Llama 3 says so in the post-processor of its tokenizer.json only.
-    processor = _json(opened.path / "tokenizer.json").get("post_processor") or {}
-    parts = processor.get("processors", [processor])
-    for part in parts:
-        first = (part.get("single") or [{}])[0] if part.get("type") == "TemplateProcessing" else {}
-        name = first.get("SpecialToken", {}).get("id")
-        if isinstance(name, str) and name in special:
-            return (special[name],)
-    return ()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+    return dataclasses.replace(meta, prompt_prefix=() if tokenizer is None else tokenizer.prefix_ids)
 
 
 def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None) -> Reference:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from openglm.tokenizer.tokenizer import SPECIALS, Detokenizer, Tokenizer
+from openglm.tokenizer.tokenizer import SPECIALS, Detokenizer, Tokenizer, has_tokenizer
 
-__all__ = ["SPECIALS", "Detokenizer", "Tokenizer"]
+__all__ = ["SPECIALS", "Detokenizer", "Tokenizer", "has_tokenizer"]

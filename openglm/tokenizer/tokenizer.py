@@ -288,6 +288,11 @@ class Detokenizer:
 _VOCABULARIES = frozenset(name for names in KIND_FILES.values() for name in names)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a vocabulary that `Tokenizer.load` would try to read."""
+    return any((Path(folder) / name).is_file() for name in _VOCABULARIES)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
