@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Event", "Message", "Role", "SamplingParams", "ToolCall", "ToolSpec", "IGNORE"]
+__all__ = ["BUILTIN_TOOLS", "Event", "Message", "Role", "SamplingParams", "ToolCall", "ToolSpec", "IGNORE"]
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
+
+# Tools that GLM models know without a schema, and the one argument under which their raw body is passed on as JSON.
+BUILTIN_TOOLS = {"python": "code", "simple_browser": "code", "cogview": "prompt"}
 
 IGNORE = -100  # target id that carries no loss, as in torch.nn.functional.cross_entropy
 
@@ -25,36 +28,68 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A function the model may call; `parameters` is its JSON schema."""
+    """A function the model may call; `parameters` is its JSON schema.
+
+    builtin: one of the tools that GLM models know by `name` (see BUILTIN_TOOLS): called with a raw body, not with JSON.
+    Formats without such tools declare it as an ordinary function.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    builtin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.builtin and self.name not in BUILTIN_TOOLS:
+            raise ValueError(f"no built-in tool {self.name!r}: known are {', '.join(BUILTIN_TOOLS)}")
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ToolSpec:
-        """From OpenAI form ({"type": "function", "function": {...}}) or the bare function object."""
+        """From OpenAI form ({"type": "function", "function": {...}}), the bare function object, or {"type": "python"}
+        for a built-in tool.
+        """
+        if "function" not in value and "name" not in value and value.get("type") in BUILTIN_TOOLS:
+            return cls.of_builtin(value["type"])
         function = value.get("function", value)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError("a tool needs a function with a 'name'")
         return cls(function["name"], str(function.get("description", "")), function.get("parameters") or {})
 
+    @classmethod
+    def of_builtin(cls, name: str) -> ToolSpec:
+        """The built-in tool of that name, with a schema for formats that declare it as a function."""
+        if name not in BUILTIN_TOOLS:
+            raise ValueError(f"no built-in tool {name!r}: known are {', '.join(BUILTIN_TOOLS)}")
+        argument = BUILTIN_TOOLS[name]
+        schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+        descriptions = {
+            "python": "Runs Python code and returns what it prints.",
+            "simple_browser": "Searches the web and opens pages: search(query), mclick(ids), open_url(url).",
+            "cogview": "Draws an image from an English description.",
+        }
+        return cls(name, descriptions[name], schema, builtin=True)
+
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation, in OpenAI's shape."""
+    """One message of a conversation, in OpenAI's shape. name: of a tool message, the tool that gave the result.
+
+    reasoning: what an assistant thought before it answered, without the marks around it.
+    """
 
     role: Role
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    name: str | None = None
+    reasoning: str = ""
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], where: str = "message") -> Message:
         """Validate a plain dict; raises ValueError naming the field. Calls may be OpenAI's or bare objects."""
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be an object, not {type(value).__name__}")
-        unknown = set(value) - {"role", "content", "tool_calls", "tool_call_id", "name"}
+        unknown = set(value) - {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content"}
         if unknown:
             raise ValueError(f"{where} has an unknown field {sorted(unknown)[0]!r}")
         role, content = value.get("role"), value.get("content")
@@ -69,7 +104,13 @@ class Message:
         )
         if calls and role != "assistant":
             raise ValueError(f"{where}.tool_calls belongs to the assistant, not to {role}")
-        return cls(role, content, calls, value.get("tool_call_id"))
+        reasoning = value.get("reasoning_content") or ""
+        for field, text in (("reasoning_content", reasoning), ("name", value.get("name") or "")):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}.{field} must be text, not {type(text).__name__}")
+        if reasoning and role != "assistant":
+            raise ValueError(f"{where}.reasoning_content belongs to the assistant, not to {role}")
+        return cls(role, content, calls, value.get("tool_call_id"), value.get("name"), reasoning)
 
 
 def _tool_call(value: Any, where: str) -> ToolCall:
@@ -121,6 +162,7 @@ class SamplingParams:
 class Event:
     """One piece of a streamed answer. `text` may be empty; `finish_reason` is set on the last one only.
 
+    reasoning: a piece of what the model thinks before it answers; no part of `text`.
     finish_reason: "stop" (a stop id), "tool_calls", "length" (max_new_tokens or the context is full).
     """
 
@@ -128,3 +170,4 @@ class Event:
     token_ids: tuple[int, ...] = ()
     tool_call: ToolCall | None = None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    reasoning: str = ""

@@ -1,5 +1,7 @@
 """What every chat format is made of.
 
+    python -m openglm inspect prompt MODEL messages.json
+
 A format writes a conversation as a list of parts: special ids, and pieces of ordinary text. Text is encoded by
 `Tokenizer.encode`, which cannot yield a special id, so nothing that a user types can open or close a turn.
 """
@@ -8,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from openglm.tokenizer import Tokenizer
 from openglm.types import Event, Message, ToolSpec
 
-__all__ = ["ChatFormat", "Parser", "Part", "Rendered", "assemble", "render_many"]
+if TYPE_CHECKING:
+    from openglm.formats.parser import AnswerParser, Syntax
+
+__all__ = ["BaseFormat", "ChatFormat", "Parser", "Part", "Rendered", "assemble", "render_many"]
 
 
 class Part(NamedTuple):
@@ -35,7 +40,7 @@ class Parser(Protocol):
     """Reads an answer as it is generated, from the first id after the prompt on."""
 
     def feed(self, id: int) -> list[Event]:
-        """What this id adds: text, a finished tool call, or nothing yet. Ids after a stop id are ignored."""
+        """What this id adds: text, reasoning, a finished tool call, or nothing yet. Ids after a stop id are ignored."""
         ...
 
     def finish(self) -> list[Event]:
@@ -56,7 +61,8 @@ class ChatFormat(Protocol):
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
     ) -> list[Part]:
         """The conversation as parts, in order. A conversation that ends with an answer ends with its stop token,
-        unless add_generation_prompt asks for the header of a further answer.
+        unless add_generation_prompt asks for the header of a further answer. ValueError for what the format cannot
+        say, such as tools in one that has none.
         """
         ...
 
@@ -67,6 +73,48 @@ class ChatFormat(Protocol):
     def parser(self, tools: Sequence[ToolSpec] = ()) -> Parser:
         """A fresh parser; answers are read as calls only of these tools."""
         ...
+
+
+class BaseFormat:
+    """What formats share: ids by name, rendering, and a parser that follows `syntax`."""
+
+    name = ""
+    needed: tuple[str, ...] = ()  # special tokens without which the format cannot be written
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        missing = [name for name in self.needed if name not in tokenizer.special_ids]
+        if missing:
+            raise ValueError(f"chat format {self.name} needs the token {missing[0]}, which this tokenizer lacks")
+        self.tokenizer = tokenizer
+        self._id = tokenizer.special_ids
+        self.stop_ids: tuple[int, ...] = ()
+
+    def parts(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
+    ) -> list[Part]:
+        raise NotImplementedError
+
+    def syntax(self, tools: Sequence[ToolSpec]) -> Syntax:
+        raise NotImplementedError
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
+    ) -> Rendered:
+        parts = self.parts(messages, tools, add_generation_prompt)
+        return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
+
+    def parser(self, tools: Sequence[ToolSpec] = ()) -> AnswerParser:
+        from openglm.formats.parser import AnswerParser
+
+        return AnswerParser(self.tokenizer, self.stop_ids, self.syntax(tools))
+
+    def _ends(self, *names: str) -> tuple[int, ...]:
+        """Ids of those of the names that the tokenizer has."""
+        return tuple(self._id[name] for name in names if name in self._id)
+
+    def _refuse_tools(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> None:
+        if tools or any(m.role == "tool" or m.tool_calls for m in messages):
+            raise ValueError(f"chat format {self.name} has no tools: leave tools and their messages out")
 
 
 def assemble(parts: Iterable[Part], encoded: Iterable[list[int]]) -> Rendered:
