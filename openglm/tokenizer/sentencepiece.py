@@ -183,6 +183,8 @@ def write_bpe_model(pieces: Sequence[tuple[str, float, int]], dummy_prefix: bool
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     import sentencepiece
 
+    if not model:  # the library would give a processor that was never initialised
+        raise ValueError("not a SentencePiece model: the file is empty")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # RuntimeError or OSError, as the library's build has it
