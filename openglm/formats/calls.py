@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import keyword
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 from openglm.formats.parser import Reader
@@ -140,10 +141,13 @@ def write_python(arguments: str) -> str:
     values = loads(arguments)
     if not isinstance(values, dict):
         raise ValueError(f"the arguments of a tool call must be a JSON object, not {arguments[:40]!r}")
-    plain = {k: v for k, v in values.items() if k.isidentifier() and not keyword.iskeyword(k)}
-    others = {k: v for k, v in values.items() if k not in plain}
-    pieces = [f"{key}={value!r}" for key, value in plain.items()] + ([f"**{others!r}"] if others else [])
+    pieces = [f"{key}={value!r}" if _is_name(key) else f"**{({key: value})!r}" for key, value in values.items()]
     return f"```python\ntool_call({', '.join(pieces)})\n```"
+
+
+def _is_name(key: str) -> bool:
+    """Whether Python reads `key=` as this key: names are normalised when they are parsed."""
+    return key.isidentifier() and not keyword.iskeyword(key) and unicodedata.normalize("NFKC", key) == key
 
 
 # -------------------------------------------------------------------- results

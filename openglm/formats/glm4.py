@@ -47,8 +47,9 @@ BUILTIN_TEXTS = {
         "用户没有说明时，场景默认在中国。"
     ),
 }
-# The header of a built-in tool's result; a message may also name the header itself.
+# The header of a built-in tool's result. A message may also be named as the header itself, "quote_result [0†source]".
 RESULT_HEADERS = {"simple_browser": "browser_result", "cogview": "cogview_result"}
+OWN_HEADERS = ("browser_result", "cogview_result", "quote_result")
 
 
 class Glm4Format(RoleFormat):
@@ -79,7 +80,7 @@ class Glm4Format(RoleFormat):
         return [Turn("", f"{c.name}\n", c.arguments if raw is None else raw, call=True) for c, raw in bodies]
 
     def result_header(self, tool: str) -> str:
-        return tool if tool in RESULT_HEADERS.values() else RESULT_HEADERS.get(tool, "")
+        return tool if tool.startswith(OWN_HEADERS) else RESULT_HEADERS.get(tool, "")
 
     def syntax(self, tools: Sequence[ToolSpec]) -> Syntax:
         headers: dict[str, Reader] = {

@@ -27,7 +27,7 @@ END_NAMES = (
     "<|endoftext|>",
 )  # fmt: skip
 CALL_PREFIXES = ("[TOOL_CALLS]", "<|python_tag|>")
-QUESTION, ANSWER = Message("user", "q"), Message("assistant", "a")
+QUESTION, ANSWER = Message("user", "question-1729"), Message("assistant", "answer-1729")
 Pieces = list[int | str]
 
 
@@ -55,11 +55,15 @@ class JinjaFormat(BaseFormat):
 
     def _stops(self, end: str) -> tuple[int, ...]:
         """What the template writes behind an answer, and the tokens that end a text in any case."""
-        shown = self.template.pieces([QUESTION, ANSWER], add_generation_prompt=False)
-        at = max((i for i, p in enumerate(shown) if isinstance(p, str) and "a" in p), default=-1)
-        after = next((p for p in shown[at + 1 :] if isinstance(p, int)), None) if at >= 0 else None
-        ids = [] if after is None else [after]
-        return tuple(dict.fromkeys([*ids, *self._ends(end, "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")]))
+        for chat in ([QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION]):
+            shown = self.template.pieces(chat, add_generation_prompt=False)
+            at = max((i for i, p in enumerate(shown) if isinstance(p, str) and ANSWER.content in p), default=-1)
+            after = [p for p in shown[at + 1 :] if isinstance(p, int)]
+            if at >= 0 and after:
+                break
+        first = after[:1] if at >= 0 else []
+        others = self._ends(end, "<|eom_id|>", "<|observation|>", "<|endoftext|>", "<|end_of_text|>")
+        return tuple(dict.fromkeys([*first, *others]))
 
     # -------------------------------------------------------------------- rendering
 

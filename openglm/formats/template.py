@@ -23,6 +23,7 @@ from openglm.types import Message, ToolSpec
 
 __all__ = ["Template"]
 
+MAX_PRODUCT = 100_000
 PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -70,12 +71,10 @@ class Template:
         return found
 
     def _run(self, variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
-        import jinja2
-
         given = {**variables, "add_generation_prompt": add_generation_prompt}
         try:
             return str(self._compiled.render(**given, bos_token=self.bos_token, eos_token=self.eos_token))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError, OverflowError) as error:
+        except Exception as error:  # a template is a foreign program: whatever it raises is its refusal
             raise ValueError(f"the chat template does not take this conversation: {_line(error)}") from error
 
     @cached_property
@@ -102,6 +101,17 @@ def _environment() -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        """Jinja's sandbox bounds ranges only; here a short template cannot fill the memory by multiplying either."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            factors = [len(v) if isinstance(v, (str, list, tuple)) else abs(v) for v in (left, right)]
+            if operator == "**" or (factors[0] * factors[1] > MAX_PRODUCT):
+                raise sandbox.SecurityError(f"{operator} with operands this large is not allowed")
+            return super().call_binop(context, operator, left, right)
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -111,9 +121,7 @@ def _environment() -> Any:
     ) -> str:  # fmt: skip
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    made = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
