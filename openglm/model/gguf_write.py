@@ -20,6 +20,7 @@ from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.gguf import META_KEY, SAMPLING, TOP, family_of
 from openglm.model.gguf_file import ARRAY, MAGIC, SCALARS, STRING
+from openglm.model.gguf_tokenizer import padded_tokens
 from openglm.model.gguf_types import TYPES, encode, kept_type
 from openglm.model.weights import export_weights, names_of
 from openglm.ops.quant import QuantTensor, Weight
@@ -80,7 +81,7 @@ def write_gguf(
     fused_up = architecture in ("chatglm", "glm4")
     family = family_of(architecture, fused_up=fused_up)
     names = [name for theirs in names_of(family, config).values() for name in theirs]
-    fields = _fields(architecture, config, meta, type) | dict(tokenizer_fields)
+    fields = _fields(architecture, config, meta, type) | padded_tokens(tokenizer_fields, config.vocab_size)
     if chat_template is not None:
         fields["tokenizer.chat_template"] = chat_template
     path = Path(path)
