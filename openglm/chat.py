@@ -197,12 +197,13 @@ class ChatModel:
         **sampling: Any,
     ) -> Message:
         """The assistant's next message. messages and tools: ours, or plain dicts in OpenAI's shape."""
-        text, calls = [], []
+        text, calls, reasoning = [], [], []
         for event in self.stream(messages, tools, **sampling):
             text.append(event.text)
+            reasoning.append(event.reasoning)
             if event.tool_call is not None:
                 calls.append(event.tool_call)
-        return Message("assistant", "".join(text), tuple(calls))
+        return Message("assistant", "".join(text), tuple(calls), reasoning="".join(reasoning))
 
     def stream(
         self,
