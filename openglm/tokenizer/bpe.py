@@ -193,7 +193,7 @@ def _merges_without(merges: Sequence[Any], vocab: Mapping[str, int], special: Ma
     """Merges that do not make or use a special token's piece."""
     if not any(name in vocab for name in special):
         return merges
-    pairs = (m if isinstance(m, list) else m.split(" ") for m in merges)
+    pairs = (m if isinstance(m, list | tuple) else m.split(" ") for m in merges)
     return [[a, b] for a, b in pairs if a not in special and b not in special and a + b not in special]
 
 
