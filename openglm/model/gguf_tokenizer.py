@@ -144,8 +144,11 @@ def _tokens(table: Mapping[int, tuple[str, int]]) -> dict[str, Any]:
 
 
 def _sentencepiece(model: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
-    """From a model file, a protobuf message: field 1 a piece, field 2 the trainer's settings (of which 3: 2 is BPE)."""
+    """From a model file, a protobuf message: field 1 a piece, field 2 the trainer's settings (of which 3: 2 is BPE),
+    field 3 the normaliser's (2: its table, 4: whether runs of spaces are cut).
+    """
     pieces, is_bpe = [], False
+    normaliser: dict[int, bytes] = {}
     for number, payload in _messages(model):
         if number == 1:
             values = dict(_messages(payload))
@@ -153,8 +156,12 @@ def _sentencepiece(model: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
             pieces.append((values[1].decode(), score, int.from_bytes(values.get(3, bytes([NORMAL])), "little")))
         elif number == 2:
             is_bpe = dict(_messages(payload)).get(3, b"\x01") == b"\x02" or is_bpe
+        elif number == 3:
+            normaliser |= dict(_messages(payload))
     if not is_bpe:
         raise ValueError("GGUF's llama vocabulary is SentencePiece BPE, this one is another kind: convert to openglm")
+    if normaliser.get(2) or normaliser.get(4, b"\x01") != b"\x00":
+        raise ValueError("llama.cpp does not normalise text as this SentencePiece vocabulary does: convert to openglm")
     table = {i: (piece, kind) for i, (piece, _, kind) in enumerate(pieces)}
     fields = _tokens(table | {i: (name, CONTROL) for name, i in tokenizer.special_ids.items()})
     scores = [pieces[i][1] if i < len(pieces) else 0.0 for i in range(len(fields[PREFIX + "tokens"]))]
