@@ -231,9 +231,9 @@ def test_json_files(released: tuple[str, Tokenizer, tokenizers.Tokenizer], tmp_p
 def test_added_tokens_match_only_if_they_are_not_special() -> None:
     library = _glm4_0414()
     ours = Tokenizer({"tokenizer.json": library.to_str().encode()})
-    assert [library.id_to_token(i) for i in (604, 605)] == ["<tool_call>", "世界"]
+    assert [library.id_to_token(i) for i in (603, 604)] == ["<tool_call>", "世界"]
     ids = ours.encode("<tool_call>你好世界<|user|><|observation|>")
-    assert [ids.count(i) for i in (604, 605)] == [1, 1]
+    assert [ids.count(i) for i in (603, 604)] == [1, 1]
     assert not set(ids) & set(ours.special_ids.values())
     assert library.token_to_id("<|user|>") in library.encode("<|user|>").ids  # what the library does unless told
     config = json.loads(library.to_str())
