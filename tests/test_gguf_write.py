@@ -173,7 +173,8 @@ def test_tiktoken_merges_are_recovered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    ({}, None), ({"model_type": "unigram"}, "SentencePiece BPE"), ({"normalization_rule_name": "nfkc"}, "not normalise"),
+    ({}, None), ({"model_type": "unigram"}, "SentencePiece BPE"),
+    ({"normalization_rule_name": "nfkc"}, "not normalise"),
     ({"remove_extra_whitespaces": True}, "not normalise"),
 ])  # fmt: skip
 def test_sentencepiece_comes_back(options: dict[str, Any], match: str | None, tmp_path: Path) -> None:
