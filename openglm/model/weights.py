@@ -90,9 +90,13 @@ def import_weights(
 
 
 def import_weight(family: Family, config: GLMConfig, ours: str, parts: list[Weight]) -> Weight:
-    """Our tensor `ours` from the parts of theirs that `names_of` lists for it."""
+    """Our tensor `ours` from the parts of theirs that `names_of` lists. ValueError for a wrong number of rows."""
     order = _row_order(family, config, ours)
     weight = _joined(parts)
+    if order is not None and len(order) != weight.shape[0]:  # fewer would be taken without a word
+        raise ValueError(
+            f"{ours} has {weight.shape[0]} rows, which does not fit the config's {len(order)}: they belong apart"
+        )
     return weight if order is None else _take_rows(weight, order)
 
 
