@@ -46,7 +46,6 @@ class Tiktoken:
         self._encoding = tiktoken.Encoding("openglm", pat_str=split, mergeable_ranks=dict(ranks), special_tokens={})
 
     def encode(self, text: str, dummy_prefix: bool = True) -> list[int]:
-        text.encode()  # the library would replace lone surrogates without a word; this raises UnicodeEncodeError
         if self._marks is None:
             return self._encode_ordinary(text)
         ids: list[int] = []
@@ -66,7 +65,8 @@ class Tiktoken:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if not _has_long_blank(text):
-            return self._encoding.encode_ordinary(text)
+            # The wrapper around this would replace lone surrogates without a word; this raises UnicodeEncodeError.
+            return self._encoding._core_bpe.encode_ordinary(text)
         import regex  # tiktoken's own dependency; it cuts such text without a limit
 
         return [i for piece in regex.findall(self._split, text) for i in self._encoding._encode_single_piece(piece)]
