@@ -287,17 +287,23 @@ def test_a_token_that_is_missing_is_named() -> None:
         get_format("jinja", tokenizer_with(CHATML))
 
 
-GLM4_TEMPLATE = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+GLM_STYLE = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
 
 
 @pytest.mark.parametrize(
     ("names", "template", "expected"),
     [
         (SPECIALS, None, "glm-4"),
-        (SPECIALS, "你是一个名为 ChatGLM 的人工智能助手。# 可用工具 <|observation|><|assistant|>", "glm-4"),
-        (SPECIALS, "[gMASK]<sop> # 可用工具 <|observation|>\n <|assistant|>", "glm-4-0414"),
-        (SPECIALS, "[gMASK]<sop> # 可用工具 <|observation|>\n '</think>' <|assistant|>\\n<think>\\n", "glm-z1"),
-        (SPECIALS, GLM4_TEMPLATE, "glm-4"),
+        (SPECIALS, GLM_STYLE, "glm-4"),
+        (SPECIALS, GLM_STYLE.replace("{%", "{% if tools %}你是一个名为 X 的\n# 可用工具{% endif %}{%", 1), "glm-4"),
+        (SPECIALS, GLM_STYLE.replace("{%", "{% if tools %}\n# 可用工具{% endif %}\n{%", 1), "glm-4-0414"),
+        (SPECIALS, GLM_STYLE + "\n<think>", "glm-z1"),
+        (SPECIALS, GLM_STYLE + "{{ '\\n' }}", "jinja"),
+        (SPECIALS, GLM_STYLE.replace("[gMASK]<sop>", ""), "jinja"),
+        (SPECIALS, GLM_STYLE.replace("}}{%", "}}<|endoftext|>{%"), "jinja"),
+        (SPECIALS, GLM_STYLE + "{{ no.where }}", "jinja"),
+        (SPECIALS_OF["codegeex4"], GLM_STYLE + "{{ '\\n' }}", "codegeex4"),
+        (SPECIALS_OF["chatglm3"], GLM_STYLE, "chatglm3"),
         (SPECIALS_OF["codegeex4"], None, "codegeex4"),
         (SPECIALS_OF["chatglm3"], None, "chatglm3"),
         (SPECIALS_OF["chatglm2"], None, "chatglm2"),

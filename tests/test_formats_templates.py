@@ -245,6 +245,19 @@ def test_reasoning_that_the_prompt_opens() -> None:
     assert written(rendered, tokenizer, targets_only=True) == "答<|user|>"
 
 
+def test_calls_behind_role_tokens() -> None:
+    """A template of GLM-4's manner that is none of the known ones: calls are read in that manner."""
+    tokenizer = tokenizer_with(SPECIALS)
+    template = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{{ tools }}<|assistant|>"
+    chat_format = get_format("jinja", tokenizer, template=template)
+    ids = tokenizer.encode("get_time\n{}")
+    stop = tokenizer.special_ids["<|observation|>"]
+    assert stop in chat_format.stop_ids
+    expected = Message("assistant", "", (ToolCall("get_time", "{}"),))
+    assert parse(chat_format, [*ids, stop], TOOLS)[1] == expected
+    assert parse(chat_format, tokenizer.encode("\nHi"), TOOLS)[1] == Message("assistant", "Hi")
+
+
 def test_answers_that_cannot_be_found_are_not_learnt_in_silence() -> None:
     template = "<|im_start|>{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     chat_format = get_format("jinja", tokenizer_with(CHATML), template=template)

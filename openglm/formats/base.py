@@ -8,6 +8,7 @@ A format writes a conversation as a list of parts: special ids, and pieces of or
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -75,7 +76,7 @@ class ChatFormat(Protocol):
         ...
 
 
-class BaseFormat:
+class BaseFormat(ABC):
     """What formats share: ids by name, rendering, and a parser that follows `syntax`."""
 
     name = ""
@@ -89,13 +90,14 @@ class BaseFormat:
         self._id = tokenizer.special_ids
         self.stop_ids: tuple[int, ...] = ()
 
+    @abstractmethod
     def parts(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
-    ) -> list[Part]:
-        raise NotImplementedError
+    ) -> list[Part]: ...
 
+    @abstractmethod
     def syntax(self, tools: Sequence[ToolSpec]) -> Syntax:
-        raise NotImplementedError
+        """How answers are written, to a model that was given these tools."""
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True

@@ -89,7 +89,7 @@ TOOLS_NOTE = (
     '\n\n需要调用工具时，每次调用输出一个 json 代码块，内容为 {"name": 工具名, "arguments": {参数}}；'
     "可以同时输出多个代码块。"
 )
-PYTHON_TEXT = "你可以编写 Python 代码并运行，结果会返回给你。文件保存在 /mnt/data 目录中，代码不能访问网络。"
+PYTHON_TEXT = "你可以编写 Python 代码并运行，结果会返回给你。文件保存在目录/mnt/data中，代码不能访问网络。"
 CODE_PARTS = ("<|code_suffix|>", "<|code_prefix|>", "<|code_middle|>")
 
 

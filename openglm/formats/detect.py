@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from openglm.formats.calls import dump, function_object
 from openglm.formats.chatml import END, START, TOOLS_AFTER, TOOLS_BEFORE
 from openglm.formats.codegeex import CODE_PARTS
+from openglm.formats.glm4 import INTRODUCTION, TOOLS_HEADING
 from openglm.formats.parser import THINK
-from openglm.formats.roles import ASSISTANT, OBSERVATION, ROLE_TOKENS
+from openglm.formats.roles import ROLE_TOKENS
 from openglm.formats.template import Template
 from openglm.types import Message, ToolSpec
 
@@ -30,7 +31,7 @@ def detect_format(special_ids: Mapping[str, int], chat_template: str | None) -> 
     """
     names = set(special_ids)
     if {*ROLE_TOKENS.values(), *GLM} <= names:
-        return _glm_with_roles(names, chat_template)
+        return _glm_with_roles(special_ids, chat_template)
     if chat_template:
         if {START, END} <= names and _is_chatml(special_ids, chat_template):
             return "chatml"
@@ -44,19 +45,26 @@ def detect_format(special_ids: Mapping[str, int], chat_template: str | None) -> 
     return None
 
 
-def _glm_with_roles(names: set[str], template: str | None) -> str:
+def _glm_with_roles(special_ids: Mapping[str, int], template: str | None) -> str:
+    names = set(special_ids)
     if "</s>" in names and "<|endoftext|>" not in names:
         return "chatglm3"
     if template is None:
         return "codegeex4" if set(CODE_PARTS) <= names else "glm-4"
-    if OBSERVATION not in template and "<|{{" not in template and "<|' +" not in template:
-        # It does not know results of tools, so it is not the one that the model was trained with.
-        return "glm-4" if ASSISTANT in template and f"{ASSISTANT}\\n" not in template else "jinja"
-    if THINK in template:
-        return "glm-z1" if f"{ASSISTANT}\\n{THINK}" in template or f"{ASSISTANT}\n{THINK}" in template else "jinja"
-    if set(CODE_PARTS) <= names and "可用工具" not in template:
+    try:
+        shown = _shown(Template(template, special_ids), [Message("system", "s"), *PROBE], ())
+    except ValueError:
+        return "jinja"
+    # White space apart, which releases of one template differ in; only behind the last header does it tell them apart.
+    packed = "".join(shown.split())
+    turns = "[gMASK]<sop><|system|>s<|user|>q1<|assistant|>a1<|user|>q2<|assistant|>"
+    if packed == turns + THINK:
+        return "glm-z1"
+    if packed != turns or (shown.endswith("\n") and not set(CODE_PARTS) <= names):
+        return "jinja"
+    if shown.endswith("\n"):
         return "codegeex4"
-    return "glm-4" if "你是一个名为" in template or "可用工具" not in template else "glm-4-0414"
+    return "glm-4-0414" if TOOLS_HEADING in template and INTRODUCTION[:6] not in template else "glm-4"
 
 
 # -------------------------------------------------------------------- ChatML

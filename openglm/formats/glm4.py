@@ -33,7 +33,7 @@ TOOL_NOTE = "\n在调用上述函数时，请使用 Json 格式表示调用的�
 BUILTIN_TEXTS = {
     "python": (
         "发送给 `python` 的代码会在一个保持状态的 Jupyter 内核中运行，每次运行最长 60 秒，结果会返回给你。"
-        "目录 `/mnt/data` 中的文件会一直保留。运行环境没有互联网，代码不能访问网络。"
+        "目录/mnt/data中的文件会一直保留。运行环境没有互联网，代码不能访问网络。"
     ),
     "simple_browser": (
         "`simple_browser` 可以上网查找资料，支持以下调用：\n"

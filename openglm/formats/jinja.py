@@ -3,7 +3,8 @@
     get_format("jinja", tokenizer, template=text).render(messages, tools)
 
 What ends an answer and where an answer begins is found by rendering short conversations. Calls are read in the way
-that the template shows them: between <tool_call> tags, or as one JSON object that is the whole answer.
+that the template shows them: between <tool_call> tags, behind GLM's role tokens, or as one JSON object that is the
+whole answer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from openglm.formats.base import BaseFormat, Part
-from openglm.formats.calls import json_calls
+from openglm.formats.calls import headed_call, json_calls
 from openglm.formats.chatml import hermes_block
 from openglm.formats.parser import THINK, THINK_END, Reader, Syntax
+from openglm.formats.roles import ASSISTANT, OBSERVATION
 from openglm.formats.template import Template
 from openglm.tokenizer import Tokenizer
 from openglm.types import Message, ToolCall, ToolSpec
@@ -114,8 +116,12 @@ class JinjaFormat(BaseFormat):
     def syntax(self, tools: Sequence[ToolSpec]) -> Syntax:
         names, text = [tool.name for tool in tools], self.template.text
         hermes = "<tool_call>" in text
-        generic = bool(names) and not hermes and "tools" in text
+        headed = bool(names) and not hermes and OBSERVATION in self._id
+        generic = bool(names) and not hermes and not headed and "tools" in text
         return Syntax(
+            lead=("\n",) if OBSERVATION in self._id else (),
+            headers={f"{name}\n": headed_call(name) for name in names} if headed else {},
+            next_turn=self._id.get(ASSISTANT) if headed else None,
             blocks=(hermes_block(names),) if names and hermes else (),
             whole=(("{", "[{", *CALL_PREFIXES), _prefixed(json_calls(names))) if generic else None,
             thinks="always" if self._thinks_always else "maybe" if THINK in text else "never",

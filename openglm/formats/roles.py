@@ -8,6 +8,7 @@ has to write to stop: `<|user|>` after an answer, `<|observation|>` after a call
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,13 +48,13 @@ class RoleFormat(BaseFormat):
 
     # -------------------------------------------------------------------- what formats say for themselves
 
+    @abstractmethod
     def declarations(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[str]:
         """Texts of the system turns that declare the tools, in front of the conversation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, message: Message, tools: Sequence[ToolSpec], last: bool, thinks: bool) -> list[Turn]:
         """Turns of an assistant message. last: it is what the model is to learn. thinks: its reasoning is kept."""
-        raise NotImplementedError
 
     def result_header(self, tool: str) -> str:
         """The header of a tool's result."""

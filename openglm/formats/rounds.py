@@ -10,6 +10,7 @@ the released server puts it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from openglm.formats.base import BaseFormat, Part
@@ -73,8 +74,9 @@ class RoundsFormat(BaseFormat):
             text += "" if i == len(rounds) - 1 + self.first_round else f"{answer}{gap}"
         return text
 
+    @abstractmethod
     def _around(self, prompt: Part | None) -> list[Part]:
-        raise NotImplementedError
+        """The prompt's text, None for an empty conversation, with the two tokens where the generation has them."""
 
 
 class ChatGlm6bFormat(RoundsFormat):
