@@ -204,7 +204,7 @@ class Tokenizer:
                 raise ValueError(f"no tokenizer in {folder}: cannot read {name} ({error.strerror})") from error
         if not files.keys() & _VOCABULARIES:
             raise ValueError(
-                f"no tokenizer in {folder}: cannot read {MODEL_FILE} (No such file or directory); "
+                f"no tokenizer in {folder}: {MODEL_FILE} is missing; "
                 "make one with `openglm tokenizer train`"
             )
         try:
