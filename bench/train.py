@@ -152,6 +152,7 @@ def shape() -> GLMConfig:
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Write rows.npy (steps * batch_rows, row_len) int64 and weights.safetensors under transformers' names."""
+    import torch
     from safetensors.torch import save_file
 
     from openglm.model.cost import n_parameters

@@ -128,12 +128,12 @@ def _completed(opened: OpenedModel, tokenizer: Tokenizer | None) -> CheckpointMe
 
 
 def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None) -> Reference:
-    from openglm.formats import detect_format, get_format
-
     if tokenizer is None:
         if name is not None:
             raise ValueError(f"{opened.path} has no tokenizer, so it takes no chat format")
         return Reference(opened, None, None)
+    from openglm.formats import detect_format, get_format
+
     name = name or opened.meta.chat_format
     if name is None and opened.family != "openglm":
         family = {"chatglm-6b": "chatglm-6b", "glm-130b": "glm-130b", "glm-10b": None}

@@ -82,3 +82,12 @@ def test_a_model_that_saw_instructions_chats(mixed_run: dict[str, object]) -> No
 
 def test_every_objective_is_in_the_config() -> None:
     assert set(OBJECTIVES) == {"infill", "lm", "sft"}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_slow_bf16_is_said_before_the_run(
+    mixed_run: dict[str, object], fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("openglm.train.run.bf16_is_fast", lambda: fast)
+    build(load_config(mixed_run | {"precision": "bf16"}))
+    assert ("use precision=fp32" in capsys.readouterr().err) is not fast

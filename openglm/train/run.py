@@ -109,6 +109,9 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
     assert streams[0] is not None
     objective = entry.build_objective(chunk=config.loss_chunk or None)
     device = _device(config)
+    if device == "cpu" and config.precision == "bf16" and not bf16_is_fast():
+        print("note: this CPU has no bf16 arithmetic and emulates it many times slower: use precision=fp32",
+              file=sys.stderr)  # fmt: skip
     _plan(config, shape, objective, streams[0], device)
     model = _model(config, shape, device)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", shape, meta, tokenizer.files, config.keep_checkpoints)
@@ -120,6 +123,11 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
         "row_len": config.row_len,
     }
     return Trainer(config, model, objective, streams[0], streams[1], store, identity, sampler)
+
+
+def bf16_is_fast() -> bool:
+    """Whether PyTorch has bf16 kernels for this CPU (AVX-512 and later, or Arm with bf16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _plan(config: TrainConfig, shape: GLMConfig, objective: Objective, stream: RowStream, device: str) -> None:
