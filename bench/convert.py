@@ -58,7 +58,7 @@ def write_source(folder: Path, config: GLMConfig) -> int:
             size = 0
         groups[-1].append(name)
         size += n_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
 

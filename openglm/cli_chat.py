@@ -72,7 +72,10 @@ class Conversation:
         return ([Message("system", self.system)] if self.system else []) + self.messages
 
     def save(self, path: Path) -> None:
-        rows = [{"role": m.role, "content": m.content} for m in self.all()]
+        rows = [
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
+            for m in self.all()
+        ]
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
@@ -143,6 +146,7 @@ def _answer(model: ChatModel, conversation: Conversation, text: str, sampling: d
     """Stream one answer and add both messages, unless the question could not be asked at all."""
     question = Message("user", text)
     said: list[str] = []
+    thought: list[str] = []
     reason = None
     try:
         with _interruptible() as interrupt:
@@ -151,6 +155,10 @@ def _answer(model: ChatModel, conversation: Conversation, text: str, sampling: d
             try:
                 for event in model.stream([*conversation.all(), question], **sampling):
                     reason = event.finish_reason
+                    if event.reasoning:
+                        thought.append(event.reasoning)
+                        if terminal:  # dim; a pipe gets the answer alone
+                            print(f"\x1b[2m{event.reasoning.translate(CONTROL)}\x1b[0m", end="", flush=True)
                     if event.text:
                         said.append(event.text)
                         print(event.text.translate(CONTROL), end="", flush=True)
@@ -167,7 +175,7 @@ def _answer(model: ChatModel, conversation: Conversation, text: str, sampling: d
         _notice("stopped")
     elif reason == "length":
         _notice("the answer was cut at its length limit")
-    conversation.messages += [question, Message("assistant", "".join(said))]
+    conversation.messages += [question, Message("assistant", "".join(said), reasoning="".join(thought))]
 
 
 def _notice(text: str) -> None:

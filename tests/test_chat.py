@@ -249,7 +249,7 @@ def test_dtypes_and_devices(tiny_checkpoint: Path) -> None:
         ("glm-4-9b", "random:glm-4-9b"),
         ("random:glm-4-9c", "did you mean 'glm-4-9b'"),
         ("random:glm-4-9b?n_layer=2", "did you mean 'n_layers'"),
-        (Path(__file__), "a file, not a model folder"),
+        (Path(__file__), "is a file but no .gguf"),
         (Path(__file__).parent, "no checkpoint"),
     ],
 )

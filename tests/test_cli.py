@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,20 +21,22 @@ SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --repetition-
 PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
 SURFACE = {
-    "chat": ["model", "--system", *SAMPLING, *PLACE],
-    "generate": ["model", "--prompt", "--tokens", *SAMPLING, *PLACE, "--json"],
-    "fill": ["model", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens", *SAMPLING,
-             *PLACE, "--json"],
-    "logits": ["model", "--tokens", "--out", *PLACE, "--json"],
-    "perplexity": ["model", "--text", "--window", "--stride", *PLACE, "--json"],
+    "chat": ["model", "--adapter", "--system", *SAMPLING, *PLACE],
+    "generate": ["model", "--adapter", "--prompt", "--tokens", *SAMPLING, *PLACE, "--json"],
+    "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",
+             *SAMPLING, *PLACE, "--json"],
+    "logits": ["model", "--adapter", "--tokens", "--out", *PLACE, "--json"],
+    "perplexity": ["model", "--adapter", "--text", "--window", "--stride", *PLACE, "--json"],
     "train": ["config", "overrides", "--resume", "--json"],
     "data prepare": ["sources", "--tokenizer", "--out", "--field", "--workers", "--json"],
     "data check": ["file", "--model", "--limit", "--json"],
     "tokenizer train": ["sources", "--vocab-size", "--out", "--field", "--sample-bytes", "--json"],
-    "inspect": ["model", "--json"],
+    "inspect": ["model", "--adapter", "--json"],
     "inspect prompt": ["model", "messages", "--json"],
     "plan": ["model", "--devices", "--precision", "--quantize", "--group", "--quantize-embeddings", "--kv", "--context",
              "--batch", "--tp", "--chunk", "--json"],
+    "convert": ["source", "target", "--format", "--quantize", "--group", "--quantize-embeddings", "--dtype", "--tp",
+                "--adapter", "--json"],
     "doctor": ["--json"],
 }  # fmt: skip
 
@@ -213,20 +216,25 @@ def test_perplexity(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
 # -------------------------------------------------------------------- looking
 
 
-def test_inspect_reads_no_weights(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_inspect_reads_no_weights(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = cli("inspect", tiny_checkpoint, "--json")
     value = last_json(out)
     n = sum(p.numel() for p in openglm.load(tiny_checkpoint, device="cpu").engine.model.parameters())
     assert code == 0 and value["parameters"] == n and value["weight_bytes"] == 4 * n
     assert value["weight_bytes_by_part"] == {k: 4 * v for k, v in value["parameters_by_part"].items()}  # type: ignore
-    assert value["chat_format"] == "glm-4" and value["context"] == 128 and value["precision"] == ["F32"]
-    # Only the header of the weights is read: a file that ends behind it does.
-    for name in ("config.json", "model.safetensors"):
-        data = (tiny_checkpoint / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: 8 + int.from_bytes(data[:8], "little")] if name[0] == "m" else data)
-    assert last_json(cli("inspect", tmp_path, "--json")[1])["weight_bytes"] == 4 * n
+    assert value["chat_format"] == "glm-4" and value["context"] == 128 and value["precision"] == ["float32"]
+    for name in ("config.json", "model.safetensors", "manifest.json"):
+        shutil.copy(tiny_checkpoint / name, tmp_path / name)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     assert "damaged header" in cli("inspect", tmp_path)[2]
+
+    def read(self: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("openglm.model.sources.TensorInfo.read", read)
+    assert last_json(cli("inspect", tiny_checkpoint, "--json")[1])["weight_bytes"] == 4 * n
     assert "9,399,951,360" in cli("inspect", "random:glm-4-9b")[1]
 
 

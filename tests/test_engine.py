@@ -15,8 +15,9 @@ from openglm.config import GLMConfig, RopeConfig
 from openglm.engine import BeamSearch, Engine, fill_blanks, score, sliding_windows
 from openglm.model.batch import ForwardBatch, prompt_layout
 from openglm.model.init import init_weights
+from openglm.model.load import build_transformer
+from openglm.model.opened import open_model
 from openglm.model.transformer import Transformer
-from openglm.model.weights import FAMILIES, import_weights
 from openglm.types import SamplingParams
 
 SPECIALS = {"[MASK]": 40, "[gMASK]": 41, "[sMASK]": 42, "<sop>": 43, "<eop>": 44}

@@ -88,6 +88,8 @@ def test_every_objective_is_in_the_config() -> None:
 def test_slow_bf16_is_said_before_the_run(
     mixed_run: dict[str, object], fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("openglm.train.run.bf16_is_fast", lambda: fast)
+    monkeypatch.setattr("openglm.train.run.bf16_is_fast", lambda device: fast)
     build(load_config(mixed_run | {"precision": "bf16"}))
     assert ("use precision=fp32" in capsys.readouterr().err) is not fast
+    auto = build(load_config({k: v for k, v in mixed_run.items() if k != "precision"}))
+    assert auto.config.precision == ("bf16" if fast else "fp32")

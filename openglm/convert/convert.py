@@ -116,7 +116,8 @@ def _text_files(reference: Reference) -> dict[str, bytes]:
 
 
 def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
-    from openglm.model.gguf_write import gguf_tokenizer_fields, write_gguf
+    from openglm.model.gguf_tokenizer import gguf_tokenizer_fields
+    from openglm.model.gguf_write import write_gguf
 
     if target.suffix != ".gguf":
         raise ValueError(f"--format gguf writes one file: give a name that ends in .gguf, not {target}")
@@ -134,7 +135,9 @@ def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
         ((name, plan.weight(name)) for name in names), total=len(names), desc="convert", unit="tensor", delay=2,
         leave=False,
     )  # fmt: skip
-    fields = {} if reference.tokenizer is None else gguf_tokenizer_fields(reference.tokenizer)
+    fields = plan.opened.tokenizer_fields
+    if fields is None:
+        fields = {} if reference.tokenizer is None else gguf_tokenizer_fields(reference.tokenizer)
     write_gguf(
         target, plan.opened.config, reference.meta, weights, fields, type, chat_template=plan.opened.chat_template
     )

@@ -21,6 +21,7 @@ from openglm.convert.plan import Plan, floats, write_shards
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG
 from openglm.model.export import generation_config, hf_architecture, hf_config
+from openglm.model.hf_tokenizer import hf_tokenizer_files
 from openglm.model.sat import cut
 from openglm.model.sources import dtype_name, pack_thudm_quant
 from openglm.model.weights import FAMILIES, export_weights, names_of
@@ -53,7 +54,8 @@ def to_hf(reference: Reference, out: OutputFolder, plan: Plan) -> int:
     for name, value in texts.items():
         out.write_bytes(name, _json(value))
     if reference.tokenizer is not None:
-        for name, content in reference.tokenizer.hf_files(opened.chat_template).items():
+        files = hf_tokenizer_files(reference.tokenizer, opened.chat_template, reference.meta.stop_ids)
+        for name, content in files.items():
             out.write_bytes(name, content)
     return n_tensors
 

@@ -152,12 +152,16 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        return self._norm_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations; matrices may be quantised."""
-        return self.norm.weight.dtype
+        return self._norm_weight().dtype
+
+    def _norm_weight(self) -> Tensor:
+        assert isinstance(self.norm.weight, Tensor)
+        return self.norm.weight
 
     def head_weight(self) -> Tensor:
         """(vocab_size, dim) output matrix: the head's own, or the embedding's when tied."""

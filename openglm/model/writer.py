@@ -189,7 +189,7 @@ def write_torch_file(
 def _write_bytes(write: Callable[[memoryview], Any], tensor: Tensor) -> None:
     if not tensor.numel():
         return
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     for first in range(0, len(view), CHUNK_BYTES):
         write(view[first : first + CHUNK_BYTES])
 

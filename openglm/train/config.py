@@ -104,7 +104,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     init: Literal["standard", "deepnorm"] = "standard"
     embedding_grad_shrink: float = 1.0

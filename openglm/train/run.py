@@ -64,6 +64,7 @@ def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = Non
     resume: "auto" (latest checkpoint of run_dir, if any), "never", or a checkpoint folder.
     """
     start = time.perf_counter()
+    config = with_precision(config)
     trainer = build(config, sampler)
     run_dir = Path(config.run_dir)
     loaded = _resume(trainer, run_dir, resume)
@@ -94,6 +95,7 @@ def run(config: TrainConfig, resume: str = "auto", sampler: Sampler | None = Non
 
 def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
     """Trainer at step 0, everything checked against everything, the memory plan on stderr."""
+    config = with_precision(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -109,8 +111,8 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
     assert streams[0] is not None
     objective = entry.build_objective(chunk=config.loss_chunk or None)
     device = _device(config)
-    if device == "cpu" and config.precision == "bf16" and not bf16_is_fast():
-        print("note: this CPU has no bf16 arithmetic and emulates it many times slower: use precision=fp32",
+    if config.precision == "bf16" and not bf16_is_fast(device):
+        print(f"note: this {device} has no bf16 arithmetic and emulates it many times slower: use precision=fp32",
               file=sys.stderr)  # fmt: skip
     _plan(config, shape, objective, streams[0], device)
     model = _model(config, shape, device)
@@ -125,8 +127,17 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
     return Trainer(config, model, objective, streams[0], streams[1], store, identity, sampler)
 
 
-def bf16_is_fast() -> bool:
-    """Whether PyTorch has bf16 kernels for this CPU (AVX-512 and later, or Arm with bf16)."""
+def with_precision(config: TrainConfig) -> TrainConfig:
+    """The config with precision "auto" settled for the device it runs on: bf16 where that is fast, else fp32."""
+    if config.precision != "auto":
+        return config
+    return replace(config, precision="bf16" if bf16_is_fast(_device(config)) else "fp32")
+
+
+def bf16_is_fast(device: str) -> bool:
+    """Whether the device has bf16 arithmetic: CPUs with AVX-512 bf16 or the like, GPUs since Ampere."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
