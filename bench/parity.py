@@ -4,8 +4,10 @@
 
 llama.cpp continues 20 prompts greedily, token by token. We score prompt and continuation in one pass: as long as our
 likeliest token is the one it chose, our greedy continuation is the same, and where it is not, ours diverges from its.
-At each divergence the table shows how far apart the two tokens lie on either side; llama.cpp rounds activations to
-8 bits when it multiplies, so differences of some hundredths of the logits' spread are rounding.
+At each divergence the table shows how far apart the two tokens lie on either side.
+llama.cpp rounds activations to 8 bits before it multiplies them with quantised weights, and its cache to half; we do
+neither. So everything is compared twice: on the file, and on a copy of it with the same weights as float32 (and a
+float32 cache), where llama.cpp rounds nothing: what differs there would be a difference in the model.
 Perplexity: windows of WikiText-2's validation text, the same on both sides, each from its second token on.
 
 Prints tables in Markdown, and one JSON line last.
@@ -63,7 +65,7 @@ def peer_main(path: str, request_file: str, reply_file: str) -> None:
     start = time.perf_counter()
     llama = Llama(
         path, n_ctx=request["n_ctx"], n_batch=request["n_ctx"], n_threads=request["threads"], logits_all=True,
-        verbose=False,
+        verbose=False, **({"type_k": 0, "type_v": 0} if request.get("float32") else {}),
     )  # fmt: skip
     arrays: dict[str, Any] = {}
     for i, (text, ids) in enumerate(zip(request["prompts"], request["ids"], strict=True)):
@@ -106,6 +108,8 @@ def sum_nll(logits: np.ndarray[Any, Any], ids: list[int]) -> float:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     import openglm
+    from openglm.convert import convert
+    from openglm.loading import open_reference
 
     model = openglm.load(args.model, device="cpu")
     ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -117,6 +121,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "n_ctx": max(args.window, 256), "threads": args.threads,
     }  # fmt: skip
     peer = ask_peer(args, request)
+    plain = measure(model, ids, windows, peer)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "float32.gguf"
+        convert(open_reference(Path(args.model)), copy, "gguf", dtype="float32")
+        exact = measure(model, ids, windows, ask_peer(args, request | {"float32": True}, str(copy)))
+    return {"model": Path(args.model).name, **plain, "float32_copy": exact}
+
+
+def measure(
+    model: Any, ids: list[list[int]], windows: list[list[int]], peer: dict[str, np.ndarray[Any, Any]]
+) -> dict[str, Any]:
     rows, gaps = [], []
     for i, prompt in enumerate(PROMPTS):
         chosen = peer[f"chosen{i}"].tolist()
@@ -136,7 +151,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     theirs = float(peer["nll"].sum()) / n_tokens
     total = sum(row["tokens"] for row in rows)
     return {
-        "model": Path(args.model).name,
         "rows": rows,
         "same_prompt_ids": all(row["same_ids"] for row in rows),
         "same_first_token": sum(row["same"] > 0 for row in rows),
@@ -151,11 +165,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ask_peer(args: argparse.Namespace, request: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def ask_peer(
+    args: argparse.Namespace, request: dict[str, Any], model: str | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         asked, reply = Path(folder) / "request.json", Path(folder) / "reply.npz"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [args.peer_python, str(Path(__file__).resolve()), "--peer", args.model, str(asked), str(reply)]
+        script = str(Path(__file__).resolve())
+        command = [args.peer_python, script, "--peer", model or args.model, str(asked), str(reply)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
@@ -182,8 +199,8 @@ def rms(values: np.ndarray[Any, Any]) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def show(result: dict[str, Any]) -> None:
-    print(f"## {result['model']}\n")
+def show(title: str, result: dict[str, Any]) -> None:
+    print(f"\n## {title}\n")
     print("| prompt | same / tokens | logits apart (spread) | ours, theirs at the divergence | our gap | their gap |")
     print("| --- | ---: | ---: | --- | ---: | ---: |")
     for row in result["rows"]:
@@ -218,8 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
     args = parser.parse_args(argv)
     result = compare(args)
-    show(result)
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    show(f"{result['model']}: llama.cpp on the file itself", result)
+    show(f"{result['model']}: llama.cpp on the same weights as float32", result["float32_copy"])
+    for part in (result, result["float32_copy"]):
+        del part["rows"]
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

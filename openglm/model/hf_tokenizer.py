@@ -16,7 +16,11 @@ from openglm.tokenizer.patterns import GGUF_SPLITS
 
 __all__ = ["hf_tokenizer_files"]
 
-OWN_KEYS = ("kind", "special_ids", "prefix_ids", "split", "matched", "id_offset", "auto_map", "do_lower_case")
+# Ours, and what would bring in the release's own spellings of special tokens or its code.
+DROPPED = (
+    "kind", "special_ids", "prefix_ids", "split", "matched", "id_offset", "auto_map", "do_lower_case",
+    "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
 METASPACE = "\u2581"
 
 
@@ -30,7 +34,7 @@ def hf_tokenizer_files(tokenizer: Tokenizer, template: str | None, stop_ids: Seq
         content = files["tokenizer.json"]
     else:
         content = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False).encode()
-    config = {k: v for k, v in json.loads(files["tokenizer_config.json"]).items() if k not in OWN_KEYS}
+    config = {k: v for k, v in json.loads(files["tokenizer_config.json"]).items() if k not in DROPPED}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     names = {i: name for name, i in tokenizer.special_ids.items()}
     end = next((names[i] for i in stop_ids if i in names), None)
@@ -55,7 +59,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             for i, (token, kind) in enumerate(
                 zip(fields[PREFIX + "tokens"], fields[PREFIX + "token_type"], strict=True)
             )
-            if token not in tokenizer.special_ids and kind != UNUSED
+            if kind != UNUSED
         }
         if fields[PREFIX + "model"] == "gpt2":
             merges = [merge.split(" ") for merge in fields[PREFIX + "merges"]]
