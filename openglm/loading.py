@@ -2,8 +2,8 @@
 
     python -c "from openglm.loading import open_reference; print(open_reference('path').opened.family)"
 
-A reference is a folder (ours, or as THUDM, Hugging Face or SAT released it), a .gguf file, or nothing: the bundled
-model. Nothing of the weights is read here.
+A reference is a folder (ours, or as THUDM, Hugging Face or SAT released it; a LoRA's, whose base lies on this machine),
+a .gguf file, or nothing: the bundled model. Nothing of the weights is read here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openglm.model.adapters import ENCODER, apply_adapter, with_prefix
-from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.adapters import ADAPTER_CONFIG, ENCODER, apply_adapter, with_prefix
+from openglm.model.checkpoint import CONFIG, CheckpointMeta
 from openglm.model.opened import OpenedModel, open_model
+from openglm.model.released import read_json
 
 if TYPE_CHECKING:
     from openglm.formats import ChatFormat
@@ -66,6 +67,8 @@ def open_reference(
 
     chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
     """
+    if adapter is None and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        path, adapter = _base_of(path), path
     opened = open_model(path)
     if any(name.startswith(ENCODER) for name in opened.source.names()):
         opened = with_prefix(opened, opened.path)
@@ -76,6 +79,15 @@ def open_reference(
         _check_vocabulary(opened, tokenizer)
     opened = dataclasses.replace(opened, meta=_completed(opened, tokenizer))
     return _with_format(opened, tokenizer, chat_format)
+
+
+def _base_of(adapter: Path) -> Path:
+    """The local folder that a LoRA says it was trained on."""
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    for folder in (Path(str(base)), adapter / str(base)):
+        if base and folder.is_dir():
+            return folder
+    raise ValueError(f"{adapter} is a LoRA for {base!r}: give the folder of that model, and this one as --adapter")
 
 
 def _tokenizer(opened: OpenedModel) -> Tokenizer | None:

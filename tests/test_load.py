@@ -28,7 +28,7 @@ from openglm.quant import QuantSpec, quantise
 def test_quantised_layers_compute_with_the_dequantised_matrix(
     spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openglm.model.linear.BLOCK_ELEMENTS", 64 * 7)  # several blocks, the last one ragged
+    monkeypatch.setattr("openglm.model.linear.CPU_BLOCK_ELEMENTS", 64 * 7)  # several blocks, the last one ragged
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(45, 64, generator=generator)
     x, bias = torch.randn(3, 5, 64, generator=generator), torch.randn(45, generator=generator)

@@ -23,8 +23,9 @@ from openglm.model.sources import FileSource, open_files
 from openglm.model.weights import FAMILIES, Family, head_order, import_weight, names_of
 from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["ENCODER", "apply_adapter", "with_prefix"]
+__all__ = ["ADAPTER_CONFIG", "ENCODER", "apply_adapter", "with_prefix"]
 
+ADAPTER_CONFIG = "adapter_config.json"
 ENCODER = "transformer.prefix_encoder."
 PEFT = "base_model.model."
 
@@ -35,7 +36,7 @@ def apply_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
     Raises ValueError for an adapter of another base or of a kind that is not known.
     """
     folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _with_lora(opened, folder)
     if (folder / "config.json").is_file():
         return with_prefix(opened, folder)
@@ -78,7 +79,7 @@ def with_prefix(opened: OpenedModel, folder: Path) -> OpenedModel:
 
 
 def _with_lora(opened: OpenedModel, folder: Path) -> OpenedModel:
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_json(folder / ADAPTER_CONFIG)
     _check_settings(settings, folder)
     files = open_files(folder)
     pairs = _pairs(files, folder)

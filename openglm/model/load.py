@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +42,7 @@ def build_transformer(
     model = Transformer(opened.config, device="meta")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     computes = dtype
-    for name, weight in opened.weights():
+    for name, weight in _ahead(opened):
         if expected.pop(name, None) != tuple(weight.shape):
             raise ValueError(
                 f"{opened.path}: {name} is {tuple(weight.shape)}, which does not fit the config: they belong apart"
@@ -50,6 +55,19 @@ def build_transformer(
     if opened.kv_prefix is not None:
         model.kv_prefix = opened.kv_prefix.to(device, dtype or computes)
     return model.requires_grad_(False).eval()
+
+
+def _ahead(opened: OpenedModel) -> Iterator[tuple[str, Weight]]:
+    """`opened.weights()`, with the next ones being read and unpacked meanwhile on all cores."""
+    names = list(opened.names())
+    n_ahead = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_ahead) as pool:
+        waiting: deque[Future[Weight]] = deque()
+        asked = iter(names)
+        for name in names:
+            while len(waiting) < n_ahead and (following := next(asked, None)) is not None:
+                waiting.append(pool.submit(opened.get, following))
+            yield name, waiting.popleft().result()
 
 
 def _put(

@@ -181,6 +181,8 @@ def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
     if "quantization_config" in head:
         method = (head["quantization_config"] or {}).get("quant_method")
         raise ValueError(f"{path} is quantised by {method!r}, which is not supported: take the unquantised release")
+    if names and all(name.startswith("transformer.prefix_encoder.") for name in names):
+        raise ValueError(f"{path} is a P-Tuning v2 prefix alone: give its base model, and this folder as --adapter")
     family, config = released_config(head, path, names, source.shape)
     opened = OpenedModel(
         path, family, config, _released_meta(path, head, family), source, FAMILIES[family], _template(path)

@@ -38,7 +38,7 @@ __all__ = ["KV_PRECISIONS", "PREFILL_CHUNK", "DevicePlan", "Plan", "Workload", "
 
 KV_PRECISIONS = (*PRECISION_BYTES, "int8")
 PREFILL_CHUNK = 2048
-DEQUANTISED_BLOCK = 1 << 23  # weights that model/linear.py dequantises at a time
+DEQUANTISED_BLOCK = 1 << 23  # weights that model/linear.py dequantises at a time on a device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,15 +273,15 @@ def activation_bytes(config: GLMConfig, form: WeightForm, work: Workload, tp: in
 def workspace_bytes(config: GLMConfig, form: WeightForm, work: Workload, tp: int = 1) -> int:
     """Bytes of buffers that a pass takes besides hidden states, per device.
 
-    The mask is one number for each pair of tokens. A block of a quantised matrix is held in float32 before and after
-    scaling; INT4 is unpacked to bytes and shifted to signed values before that (`QuantTensor.dequantise`). Logits:
+    The mask is one number for each pair of tokens. A block of a quantised matrix is held in float32 and as activations;
+    INT4 is unpacked to bytes first and held in float32 before and after scaling (`QuantTensor.dequantise`). Logits:
     this rank's in the precision of the activations, all of them in float32, twice for sampling.
     """
     value = PRECISION_BYTES[form.precision]
     mask = tokens_in_a_pass(config, work) ** 2 * value if config.mask == "prefix" else 0
     quantised = [t.rows * t.columns for t in rank_tensors(config, tp) if form.quantises(t)]
     block = min(max(quantised, default=0), DEQUANTISED_BLOCK)
-    block *= 1 + 4 + 4 + 4 if form.quantize == "int4" else 4 + 4
+    block *= 1 + 4 + 4 if form.quantize == "int4" else 4 + value % 4
     logits = work.batch * (config.vocab_size // tp * value + 2 * config.vocab_size * 4)
     return mask + block + logits
 

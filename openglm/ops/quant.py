@@ -7,6 +7,7 @@ A group is a whole row in GLM-130B and ChatGLM, 32 columns in GGUF's Q4_0, Q4_1,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +54,13 @@ class QuantTensor:
         """(rows, columns); the product is taken in float32 and rounded once."""
         values = unpack_int4(self.q) if self.bits == 4 else self.q
         grouped = values.view(values.shape[0], self.scale.shape[1], -1).to(torch.float32)
+        scale = self.scale.float()[..., None]
         if self.minimum is not None:
-            grouped = grouped * self.scale.float()[..., None] + self.minimum.float()[..., None]
+            grouped = torch.addcmul(self.minimum.float()[..., None], grouped, scale)
+        elif self.bits == 4:
+            grouped = torch.addcmul(-8.0 * scale, grouped, scale)
         else:
-            grouped = (grouped - 8.0 if self.bits == 4 else grouped) * self.scale.float()[..., None]
+            grouped.mul_(scale)
         return grouped.flatten(1).to(dtype)
 
     def take_rows(self, index: Tensor | slice) -> QuantTensor:
@@ -88,7 +92,10 @@ Weight = Tensor | QuantTensor  # a tensor of a checkpoint
 
 def unpack_int4(q: Tensor) -> Tensor:
     """(rows, n) uint8 -> (rows, 2n) uint8 of 0..15, the low half first."""
-    return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
+    if sys.byteorder != "little":
+        return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
+    spread = q.to(torch.int16)  # a byte's halves become the two bytes of one number
+    return (spread | (spread << 4)).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def pack_int4(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from openglm.convert import convert
 from openglm.engine import Engine
-from openglm.loading import Reference
+from openglm.loading import Reference, open_reference
 from openglm.model.adapters import apply_adapter
 from openglm.model.load import build_transformer
 from openglm.model.opened import OpenedModel, open_model
@@ -119,3 +119,16 @@ def test_an_adapter_of_another_base(tmp_path: Path, shared_data: Path) -> None:
     other = apply_adapter(open_model(shared_data / "golden" / "chatglm2-6b"), adapter)
     with pytest.raises(ValueError, match="the adapter was trained for another base"):
         build_transformer(other)
+
+
+def test_an_adapter_folder_alone_finds_its_base(tmp_path: Path, shared_data: Path) -> None:
+    base, adapter, wanted = make(tmp_path, "Llama", "attention")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    torch.testing.assert_close(logits(open_reference(adapter).opened), wanted, rtol=0, atol=5e-5)
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": "somebody/some-model"}))
+    with pytest.raises(ValueError, match="is a LoRA for 'somebody/some-model': give the folder of that model"):
+        open_reference(adapter)
+    with pytest.raises(ValueError, match="is a P-Tuning v2 prefix alone: give its base model"):
+        open_reference(shared_data / "golden" / "ptuning-v2-chatglm-6b" / "plain")
