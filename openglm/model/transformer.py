@@ -27,6 +27,11 @@ def make_norm(config: GLMConfig) -> nn.Module:
     return kind(config.dim, eps=config.norm_eps)
 
 
+def _table(n_rows: int, dim: int) -> nn.Embedding:
+    """An embedding left as it is allocated: nn.Embedding's own normal_() takes two seconds of imports on "meta"."""
+    return nn.Embedding.from_pretrained(torch.empty(n_rows, dim), freeze=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -90,6 +95,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to hidden states; `logits` turns hidden states into scores over the vocabulary.
 
+    A new one holds no meaningful weights: load them, or call `init_weights`.
+
     kv_prefix: None, or keys and values that every token sees in front of its own, (2, n_layers, n_kv_heads, P,
     head_dim): a P-Tuning v2 prefix, set from outside. It takes no positions.
     """
@@ -102,10 +109,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         with torch.device(device or "cpu"):
-            self.embed = nn.Embedding(config.vocab_size, config.dim)
+            self.embed = _table(config.vocab_size, config.dim)
             if config.positions == "learned":
-                self.embed_position = nn.Embedding(config.max_seq_len + 1, config.dim)
-                self.embed_block = nn.Embedding(config.max_seq_len + 1, config.dim)
+                self.embed_position = _table(config.max_seq_len + 1, config.dim)
+                self.embed_block = _table(config.max_seq_len + 1, config.dim)
             self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
             self.norm = make_norm(config)
             self.head: nn.Module | None = None
