@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import torch
 from openglm.config import nearest
 from openglm.engine import Engine, FinishReason, fill_blanks, score
 from openglm.engine.fill import MASKS
-from openglm.loading import open_with_adapter, resolve, with_text_side
+from openglm.loading import open_reference, resolve
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.load import load_weights
 from openglm.model.opened import OpenedModel
@@ -107,12 +106,8 @@ class ChatModel:
                 raise ValueError(f"{source} takes no adapter and no chat format: give a checkpoint")
             kind = DTYPES[dtype or "float32"] if dtype or place.type == "cpu" else None
             return cls(_random_engine(source, place, kind), None, None, CheckpointMeta())
-        opened = open_with_adapter(source, adapter)
-        kind = DTYPES[dtype] if dtype else _default_dtype(opened, place)
-        with ThreadPoolExecutor(1) as pool:  # a large vocabulary takes as long as the weights: do both at once
-            text_side = pool.submit(with_text_side, opened, chat_format)
-            model = load_weights(opened, place, kind)
-            found = text_side.result()
+        found = open_reference(source, adapter, chat_format)
+        model = load_weights(found.opened, place, DTYPES[dtype] if dtype else _default_dtype(found.opened, place))
         tokenizer, meta = found.tokenizer, found.meta
         special = meta.special_ids or (tokenizer.special_ids if tokenizer else {})
         engine = Engine(model, special, None if tokenizer is None else tokenizer.vocab_size)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from openglm.formats import ChatFormat
     from openglm.tokenizer import Tokenizer
 
-__all__ = ["BUNDLED", "Reference", "open_reference", "open_with_adapter", "resolve", "with_text_side"]
+__all__ = ["BUNDLED", "Reference", "open_reference", "resolve"]
 
 BUNDLED = Path(__file__).parent / "assets" / "glm-nano"
 
@@ -60,26 +60,20 @@ def resolve(reference: str | Path | None) -> Path | str:
     raise ValueError(f"no model at {reference}: give a checkpoint folder, a .gguf file or random:PRESET")
 
 
-def open_reference(path: Path, adapter: str | Path | None = None, chat_format: str | None = None) -> Reference:
+def open_reference(
+    path: Path, adapter: str | Path | None = None, chat_format: str | None = None
+) -> Reference:
     """Open a checkpoint with its text side. adapter: a LoRA or P-Tuning v2 folder on top of it.
 
     chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
     """
-    return with_text_side(open_with_adapter(path, adapter), chat_format)
-
-
-def open_with_adapter(path: Path, adapter: str | Path | None = None) -> OpenedModel:
-    """The weights' half of `open_reference`; the tokenizer has not been looked at."""
     if adapter is None and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         path, adapter = _base_of(path), path
     opened = open_model(path)
     if any(name.startswith(ENCODER) for name in opened.source.names()):
         opened = with_prefix(opened, opened.path)
-    return opened if adapter is None else apply_adapter(opened, adapter)
-
-
-def with_text_side(opened: OpenedModel, chat_format: str | None = None) -> Reference:
-    """The other half: tokenizer, chat format, and what they add to the meta. Needs no weights."""
+    if adapter is not None:
+        opened = apply_adapter(opened, adapter)
     tokenizer = _tokenizer(opened)
     if tokenizer is not None:
         _check_vocabulary(opened, tokenizer)

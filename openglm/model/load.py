@@ -58,16 +58,19 @@ def build_transformer(
 
 
 def _ahead(opened: OpenedModel) -> Iterator[tuple[str, Weight]]:
-    """`opened.weights()`, with the next ones being read and unpacked meanwhile on all cores."""
+    """`opened.weights()`, with the next ones being read and unpacked meanwhile on all cores, one thread each."""
     names = list(opened.names())
-    n_ahead = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(n_ahead) as pool:
-        waiting: deque[Future[Weight]] = deque()
-        asked = iter(names)
-        for name in names:
-            while len(waiting) < n_ahead and (following := next(asked, None)) is not None:
-                waiting.append(pool.submit(opened.get, following))
-            yield name, waiting.popleft().result()
+    n_workers, n_threads = min(4, os.cpu_count() or 1), torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: deque[Future[Weight]] = deque()
+            asked = iter(names)
+            for name in names:
+                while len(waiting) <= n_workers and (following := next(asked, None)) is not None:
+                    waiting.append(pool.submit(opened.get, following))
+                yield name, waiting.popleft().result()
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _put(
