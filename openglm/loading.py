@@ -95,7 +95,8 @@ def _tokenizer(opened: OpenedModel) -> Tokenizer | None:
     from openglm.tokenizer import Tokenizer, has_tokenizer
 
     if opened.tokenizer_fields is not None:
-        return Tokenizer.from_gguf(opened.tokenizer_fields)
+        there = "tokenizer.ggml.model" in opened.tokenizer_fields
+        return Tokenizer.from_gguf(opened.tokenizer_fields) if there else None
     if opened.family == "openglm":
         return None if opened.meta.tokenizer is None else Tokenizer.load(opened.path)
     folder = opened.path

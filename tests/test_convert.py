@@ -152,6 +152,16 @@ def test_quantised_checkpoint_runs_and_is_small(causal: Path, tmp_path: Path) ->
     assert sum(n for _, kind, n in opened.stored() if kind == "int4") == sum(map(spec.n_bytes, shapes.values()))
 
 
+def test_gguf_of_a_model_without_tokenizer_opens(causal: Path, tmp_path: Path) -> None:
+    convert(bare(causal), tmp_path / "m.gguf", "gguf", dtype="bfloat16")
+    found = open_reference(tmp_path / "m.gguf")
+    assert found.tokenizer is None and found.opened.config == CAUSAL and found.meta.stop_ids == (90,)
+    for name, weight in open_model(causal).weights():
+        written = found.opened.get(name)
+        assert isinstance(weight, torch.Tensor) and isinstance(written, torch.Tensor)
+        assert torch.equal(written.to(torch.bfloat16), weight), name
+
+
 # -------------------------------------------------------------------- killed
 
 
