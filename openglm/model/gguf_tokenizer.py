@@ -16,6 +16,7 @@ from typing import Any
 from openglm.tokenizer import Tokenizer
 from openglm.tokenizer.bytes import symbol_of_byte
 from openglm.tokenizer.patterns import GGUF_SPLITS, SPLIT_GPT2
+from openglm.tokenizer.sentencepiece import read_number
 from openglm.tokenizer.tiktoken import parse_ranks
 
 __all__ = ["gguf_tokenizer_fields", "padded_tokens"]
@@ -174,24 +175,16 @@ def _sentencepiece(model: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
 def _messages(data: bytes) -> list[tuple[int, bytes]]:
     """(number, content) of a protobuf message's fields; numbers as their bytes, of which small ones have one."""
     at, found = 0, []
-
-    def number() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value, at, shift = value | (byte & 0x7F) << shift, at + 1, shift + 7
-            if byte < 0x80:
-                return value
-
     while at < len(data):
-        tag = number()
+        tag, at = read_number(data, at)
         kind = tag & 7
         if kind == 0:
-            value = number()
+            value, at = read_number(data, at)
             found.append((tag >> 3, value.to_bytes(max(1, (value.bit_length() + 7) // 8), "little")))
             continue
-        size = number() if kind == 2 else {1: 8, 5: 4}[kind]
+        size = {1: 8, 5: 4}.get(kind, 0)
+        if kind == 2:
+            size, at = read_number(data, at)
         found.append((tag >> 3, data[at : at + size]))
         at += size
     return found

@@ -210,15 +210,16 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     at = 0
     while at < len(message):
         start = at
-        tag, at = _read_number(message, at)
+        tag, at = read_number(message, at)
         if tag & 7 != 2:
             raise ValueError("not a SentencePiece model: unexpected field")
-        size, at = _read_number(message, at)
+        size, at = read_number(message, at)
         at += size
         yield tag >> 3, start, at, message[at - size : at]
 
 
-def _read_number(message: bytes, at: int) -> tuple[int, int]:
+def read_number(message: bytes, at: int) -> tuple[int, int]:
+    """(number, index behind it) of a protobuf varint that begins at `at`."""
     value = shift = 0
     while True:
         byte = message[at]
