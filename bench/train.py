@@ -47,12 +47,17 @@ def main() -> None:
     parser.add_argument("--micro-rows", type=int, default=8, help="rows of one forward pass")
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of one optimizer step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                        help="auto: bf16 where this CPU has it (default)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile in both")
     parser.add_argument("--workers", type=int, default=0, help="data-loader processes of transformers")
     parser.add_argument("--worker", choices=("prepare", *NAMES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.precision == "auto":
+        from openglm.train.run import bf16_is_fast
+
+        args.precision = "bf16" if bf16_is_fast("cpu") else "fp32"
     if args.steps <= WARM_UP_STEPS:
         parser.error(f"--steps must be above {WARM_UP_STEPS}, the steps that are not timed")
     if args.batch_rows % args.micro_rows:
