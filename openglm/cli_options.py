@@ -83,7 +83,7 @@ def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:
         if o.threads < 1:
             raise ValueError(f"--threads must be at least 1, not {o.threads}")
         torch.set_num_threads(o.threads)
-    return ChatModel.load(o.model, o.device, o.dtype or dtype, o.adapter, getattr(o, "chat_format", None))
+    return ChatModel.load(o.model, o.device, o.dtype or dtype, o.adapter)
 
 
 def parse_ids(text: str) -> list[int]:

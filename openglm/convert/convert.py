@@ -20,7 +20,6 @@ from openglm.convert.plan import Plan, write_shards
 from openglm.convert.released import to_hf, to_sat
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG, MANIFEST, VERSION
-from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder, named_tensors
 from openglm.quant import QuantSpec
@@ -73,21 +72,25 @@ def convert(
         return _to_gguf(reference, Path(target), plan)
     identity = {
         "format": format, "quantize": None if spec is None else asdict(spec), "dtype": dtype, "tp": tp,
-        "source": _fingerprint(opened), "adapter": opened.change is not None,
+        "source": _fingerprint(opened.path), "adapters": [_fingerprint(folder) for folder in opened.adapters],
     }  # fmt: skip
     out = OutputFolder(target, identity)
-    if format == "sat":
-        n_tensors = to_sat(reference, out, plan, tp)
-    else:
-        n_tensors = to_hf(reference, out, plan) if format == "hf" else _to_openglm(reference, out, plan)
+    try:
+        if format == "sat":
+            n_tensors = to_sat(reference, out, plan, tp)
+        else:
+            n_tensors = to_hf(reference, out, plan) if format == "hf" else _to_openglm(reference, out, plan)
+    except ValueError:
+        out.discard_if_empty()
+        raise
     n_bytes = sum(entry["bytes"] for entry in out.sums.values() if entry["tensors"])
     out.commit()
     return Converted(Path(target), n_bytes, n_tensors, out.continued)
 
 
-def _fingerprint(opened: OpenedModel) -> list[Any]:
-    """Files of the source with sizes and times, so that another source is not mixed in."""
-    paths = [opened.path] if opened.path.is_file() else sorted(p for p in opened.path.rglob("*") if p.is_file())
+def _fingerprint(path: Path) -> list[Any]:
+    """Files of a source with sizes and times, so that another source is not mixed in."""
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
 

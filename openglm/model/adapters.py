@@ -114,7 +114,7 @@ def _with_lora(opened: OpenedModel, folder: Path) -> OpenedModel:
         kind = torch.bfloat16 if isinstance(weight, QuantTensor) else weight.dtype
         return (base.float() + delta).to(kind)
 
-    return replace(opened, change=change)
+    return replace(opened, change=change, adapters=(*opened.adapters, folder))
 
 
 def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:

@@ -36,7 +36,7 @@ class OpenedModel:
     source: tensors in the checkpoint's own names. meta.chat_format and the prompt's prefix are completed by what knows
     the tokenizer. chat_template: the checkpoint's own Jinja text. tokenizer_fields: a tokenizer inside the file (GGUF).
     kv_prefix: (2, n_layers, n_kv_heads, P, head_dim) of a P-Tuning v2 prefix. change: applied to each weight on its
-    way (a LoRA adapter).
+    way (a LoRA), and adapters: the folders it comes from.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class OpenedModel:
     tokenizer_fields: Mapping[str, Any] | None = None
     kv_prefix: Tensor | None = None
     change: Callable[[str, Weight], Weight] | None = field(default=None, compare=False)
+    adapters: tuple[Path, ...] = ()
 
     def names(self) -> dict[str, tuple[str, ...]]:
         """Our tensor names, in the model's order, with the checkpoint's."""

@@ -152,6 +152,11 @@ class OutputFolder:
         sums = {name: {k: entry[k] for k in ("bytes", "sha256")} for name, entry in sorted(self.sums.items())}
         return (json.dumps(sums, indent=1) + "\n").encode()
 
+    def discard_if_empty(self) -> None:
+        """Leave nothing behind of a conversion that was refused before anything was finished."""
+        if not self.sums:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def commit(self) -> None:
         """Give the folder its name."""
         (self.folder / PROGRESS).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from openglm.loading import Reference, open_reference
 from openglm.model.adapters import apply_adapter
 from openglm.model.load import build_transformer
 from openglm.model.opened import OpenedModel, open_model
+from openglm.model.writer import OutputFolder
 from openglm.ops.quant import QuantTensor
 
 IDS = [3, 14, 15, 92, 6, 5, 35, 89, 79]
@@ -132,3 +134,24 @@ def test_an_adapter_folder_alone_finds_its_base(tmp_path: Path, shared_data: Pat
         open_reference(adapter)
     with pytest.raises(ValueError, match="is a P-Tuning v2 prefix alone: give its base model"):
         open_reference(shared_data / "golden" / "ptuning-v2-chatglm-6b" / "plain")
+
+
+def test_a_killed_merge_is_not_continued_with_another_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, wanted = make(tmp_path, "Llama", "attention")
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    monkeypatch.setattr("openglm.convert.plan.SHARD_BYTES", 4096)
+
+    def killed(self: OutputFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OutputFolder, "commit", killed)
+        convert(Reference(apply_adapter(open_model(base), other), None, None), tmp_path / "merged")
+    found = convert(Reference(apply_adapter(open_model(base), adapter), None, None), tmp_path / "merged")
+    assert not found.continued
+    torch.testing.assert_close(logits(open_model(tmp_path / "merged")), wanted, rtol=0, atol=5e-5)
