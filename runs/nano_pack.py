@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from openglm.model.checkpoint import load_checkpoint, save_checkpoint
+from openglm.model.checkpoint import save_checkpoint
+from openglm.model.load import load_checkpoint
 
 GENERATION = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 

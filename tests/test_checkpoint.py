@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from openglm.model.checkpoint import CheckpointMeta, load_checkpoint, read_config, save_checkpoint
+from openglm.model.checkpoint import CheckpointMeta, read_config, save_checkpoint
 from openglm.model.init import init_weights
+from openglm.model.load import load_checkpoint
 from openglm.model.transformer import Transformer
 from openglm.presets import preset
 

@@ -57,7 +57,8 @@ def endless_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A model that never stops by itself for a long while: a wide context and no stop ids drawn at temperature 0."""
     import dataclasses
 
-    from openglm.model.checkpoint import load_checkpoint, save_checkpoint
+    from openglm.model.checkpoint import save_checkpoint
+    from openglm.model.load import load_checkpoint
 
     model, meta = load_checkpoint(tiny_checkpoint)
     config = dataclasses.replace(model.config, max_seq_len=200_000)

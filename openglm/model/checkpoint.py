@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from openglm.config import GLMConfig, from_dict
 from openglm.model.transformer import Transformer
 
-__all__ = ["CheckpointMeta", "load_checkpoint", "read_config", "save_checkpoint", "sha256_file", "verify_manifest"]
+__all__ = ["CheckpointMeta", "read_config", "save_checkpoint", "sha256_file", "verify_manifest"]
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 VERSION = 1
@@ -151,32 +150,3 @@ def read_config(folder: str | Path) -> tuple[GLMConfig, CheckpointMeta]:
         fill_suffix=tuple(head.get("fill_suffix", ())),
     )
     return from_dict(head["model"]), meta
-
-
-def load_checkpoint(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Transformer, CheckpointMeta]:
-    """Model and meta from a folder that `save_checkpoint` wrote; weights in `dtype`, default as stored.
-
-    Raises ValueError for a damaged or foreign folder and for tensors that do not fit the config.
-    """
-    folder = Path(folder)
-    config, meta = read_config(folder)
-    verify_manifest(folder)
-    model = Transformer(config, device="meta")
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if expected.get(name) != tuple(tensor.shape):
-                    wanted = expected.get(name, "no such tensor")
-                    raise ValueError(f"{folder / WEIGHTS}: {name} is {tuple(tensor.shape)}, the config says {wanted}")
-                state[name] = tensor.to(device, dtype)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); fetch it again") from None
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{folder / WEIGHTS} lacks {missing[0]} and {len(missing) - 1} more")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval(), meta

@@ -9,17 +9,18 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from openglm.model.checkpoint import verify_manifest
+from openglm.model.checkpoint import CheckpointMeta, read_config, verify_manifest
 from openglm.model.linear import QuantEmbedding, QuantLinear
-from openglm.model.opened import OpenedModel
+from openglm.model.opened import OpenedModel, open_model
 from openglm.model.transformer import Transformer
 from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["build_transformer", "load_weights", "weight_bytes"]
+__all__ = ["build_transformer", "load_checkpoint", "load_weights", "weight_bytes"]
 
 
 def load_weights(
@@ -35,6 +36,15 @@ def load_weights(
     return build_transformer(opened, device, dtype)
 
 
+def load_checkpoint(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, CheckpointMeta]:
+    """Model and meta from a folder of ours. Raises ValueError for a damaged or foreign one."""
+    _, meta = read_config(folder)
+    verify_manifest(Path(folder))
+    return build_transformer(open_model(folder), device, dtype), meta
+
+
 def build_transformer(
     opened: OpenedModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -43,10 +53,9 @@ def build_transformer(
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     computes = dtype
     for name, weight in _ahead(opened):
-        if expected.pop(name, None) != tuple(weight.shape):
-            raise ValueError(
-                f"{opened.path}: {name} is {tuple(weight.shape)}, which does not fit the config: they belong apart"
-            )
+        wanted = expected.pop(name)
+        if wanted != tuple(weight.shape):
+            raise ValueError(f"{opened.path}: {name} is {tuple(weight.shape)}, the config says {wanted}")
         if computes is None and isinstance(weight, Tensor):
             computes = weight.dtype
         _put(model, name, weight, torch.device(device), dtype, computes or torch.float32)

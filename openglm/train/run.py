@@ -19,8 +19,10 @@ import torch
 
 from openglm.config import GLMConfig
 from openglm.data.stream import RowStream
-from openglm.model.checkpoint import CheckpointMeta, load_checkpoint, read_config, save_checkpoint
+from openglm.model.checkpoint import CheckpointMeta, read_config, save_checkpoint
 from openglm.model.init import init_weights
+from openglm.model.linear import QuantLinear
+from openglm.model.load import load_checkpoint
 from openglm.model.transformer import Transformer
 from openglm.tokenizer import Tokenizer
 from openglm.train.config import TrainConfig, load_config, model_config
@@ -207,7 +209,10 @@ def _device(config: TrainConfig) -> str:
 
 def _model(config: TrainConfig, shape: GLMConfig, device: str) -> Transformer:
     if config.init_from is not None:
-        return load_checkpoint(config.init_from, device, torch.float32)[0]
+        model, _ = load_checkpoint(config.init_from, device, torch.float32)
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            raise ValueError(f"run config: init_from {config.init_from} is quantised: train the unquantised model")
+        return model
     return init_weights(Transformer(shape, device, torch.float32), config.seed, config.init)
 
 

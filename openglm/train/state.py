@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
-from openglm.model.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
+from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
+from openglm.model.load import load_checkpoint
 
 __all__ = ["CheckpointStore", "Loaded", "Snapshot", "WriteResult", "cpu_copy", "rng_state", "set_rng_state"]
 
