@@ -8,11 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import openglm
+from openglm.convert import convert
 from openglm.data.example import KINDS
 from openglm.data.prepare import prepare
+from openglm.loading import open_reference
 from openglm.model.checkpoint import read_config
+from openglm.quant import QuantSpec
 from openglm.train.config import OptimizerConfig, ScheduleConfig, SpikeConfig, TrainConfig, load_config
 from openglm.train.objectives import OBJECTIVES
 from openglm.train.objectives.infill import InfillData
@@ -93,3 +97,20 @@ def test_slow_bf16_is_said_before_the_run(
     assert ("use precision=fp32" in capsys.readouterr().err) is not fast
     auto = build(load_config({k: v for k, v in mixed_run.items() if k != "precision"}))
     assert auto.config.precision == ("bf16" if fast else "fp32")
+
+
+def test_training_starts_from_a_sharded_checkpoint_and_not_from_a_quantised_one(
+    mixed_run: dict[str, object], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openglm.convert.plan.SHARD_BYTES", 8192)
+    reference = open_reference(tiny_checkpoint)
+    convert(reference, tmp_path / "sharded")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    whole, sharded = (
+        build(load_config(mixed_run | {"init_from": str(folder)})).model.state_dict()
+        for folder in (tiny_checkpoint, tmp_path / "sharded")
+    )
+    assert all(torch.equal(sharded[name], tensor) for name, tensor in whole.items())
+    convert(reference, tmp_path / "int8", spec=QuantSpec(8, 16, True))
+    with pytest.raises(ValueError, match="is quantised: train the unquantised model"):
+        build(load_config(mixed_run | {"init_from": str(tmp_path / "int8")}))
