@@ -102,7 +102,10 @@ class BaseFormat(ABC):
     def render(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
     ) -> Rendered:
-        parts = self.parts(messages, tools, add_generation_prompt)
+        return self.encoded(self.parts(messages, tools, add_generation_prompt))
+
+    def encoded(self, parts: Sequence[Part]) -> Rendered:
+        """Parts with their texts encoded one by one."""
         return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
 
     def parser(self, tools: Sequence[ToolSpec] = ()) -> AnswerParser:

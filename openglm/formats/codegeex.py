@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from openglm.formats.base import BaseFormat, Part, Rendered, assemble
+from openglm.formats.base import BaseFormat, Part, Rendered
 from openglm.formats.calls import builtin_names, dump, function_object, json_calls, loads, raw_body, raw_call
 from openglm.formats.parser import Block, Syntax
 from openglm.formats.roles import ASSISTANT, OBSERVATION, USER, RoleFormat, Turn
@@ -45,7 +45,7 @@ class CodeGeex2Format(BaseFormat):
     def render_completion(self, code: str) -> Rendered:
         """The prompt that continues code: the line with the language, then the code as it is."""
         parts = [*self._head(), Part(self._tag() + code)]
-        return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
+        return self.encoded(parts)
 
     def parts(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
@@ -129,7 +129,7 @@ class CodeGeex4Format(RoleFormat):
             middle_id, self._id[ASSISTANT], self.opening,
         ]  # fmt: skip
         parts = [Part(content) for content in contents if content != ""]
-        return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
+        return self.encoded(parts)
 
     def declarations(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[str]:
         functions = [function_object(t) for t in tools if not t.builtin or t.name != "python"]

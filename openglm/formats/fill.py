@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from openglm.formats.base import BaseFormat, Part, Rendered, assemble
+from openglm.formats.base import BaseFormat, Part, Rendered
 from openglm.formats.parser import Syntax
 from openglm.tokenizer import Tokenizer
 from openglm.types import Message, ToolSpec
@@ -45,7 +45,7 @@ class Glm130bFormat(BaseFormat):
     def render_fill(self, text: str) -> Rendered:
         """The prompt of one text whose first blank is to be filled; no token is a target."""
         parts = self._fill([(text, True)])
-        return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
+        return self.encoded(parts)
 
     def parts(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True

@@ -55,7 +55,10 @@ def build_transformer(
     for name, weight in _ahead(opened):
         wanted = expected.pop(name)
         if wanted != tuple(weight.shape):
-            raise ValueError(f"{opened.path}: {name} is {tuple(weight.shape)}, the config says {wanted}")
+            shape = tuple(weight.shape)
+            raise ValueError(
+                f"{opened.path}: {name} is {shape}, the config says {wanted}: it does not fit the config, they belong apart"
+            )
         if computes is None and isinstance(weight, Tensor):
             computes = weight.dtype
         _put(model, name, weight, torch.device(device), dtype, computes or torch.float32)
