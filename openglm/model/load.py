@@ -57,7 +57,7 @@ def build_transformer(
         if wanted != tuple(weight.shape):
             shape = tuple(weight.shape)
             raise ValueError(
-                f"{opened.path}: {name} is {shape}, the config says {wanted}: it does not fit the config, they belong apart"
+                f"{opened.path}: {name} is {shape}, the config says {wanted}: it does not fit the config"
             )
         if computes is None and isinstance(weight, Tensor):
             computes = weight.dtype
