@@ -56,7 +56,7 @@ class Live(TorchDispatchMode):
 )
 def test_a_pass_of_the_model_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt through two real layers of full width, on the meta device: shapes and lifetimes without data."""
-    import openglm.model.transformer as module
+    import openglm.model.cache as module
 
     def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return torch.empty_like(q.transpose(1, 2)).transpose(1, 2)

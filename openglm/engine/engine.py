@@ -1,123 +1,364 @@
-"""Engine: token ids in, token ids out. One prompt at a time, prefill then decode on a KV cache; knows no text.
+"""Engine: token ids in, token ids out, many requests at once. Knows no text.
 
-    python -m pytest -q tests/test_engine.py
+    from openglm.engine import Engine
+    from openglm.types import SamplingParams
+    engine = Engine(model, special_ids)
+    streams = [engine.stream(ids, SamplingParams(seed=i)) for i, ids in enumerate(prompts)]
+    answers = [[step.token_id for step in stream] for stream in streams]     # all are written side by side
 
-`stream` is the one loop; `generate` collects it, `beam` searches instead of drawing, `logits` and `logprobs` score
-given ids. Positions and the context mask come from `prompt_layout`, so every generation of the family is served alike.
+Every pass runs what the `Scheduler` plans: the next token of each running request and pieces of new prompts. What a
+request gets does not depend on the others: each has its own sampler, and its ids are those it would get alone.
+Positions and context come from `prompt_layout`, so every generation of the family is served alike.
+
+    python -m pytest -q tests/test_engine.py tests/test_engine_batching.py
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from openglm.engine.beam import Beam, BeamSearch
-from openglm.model.batch import ForwardBatch, PromptLayout, prompt_layout
-from openglm.model.cache import KVCache
+from openglm.engine.beam import Beam
+from openglm.engine.blocks import BlockManager
+from openglm.engine.direct import Direct, check_ids, room_in_context
+from openglm.engine.options import EngineOptions, default_pool_tokens
+from openglm.engine.plain import Drawn, Sampler, draw_batch
+from openglm.engine.request import NO_TOKEN, Completion, FinishReason, Request, Step
+from openglm.engine.runner import Chunk, ModelRunner, TorchRunner, kv_type
+from openglm.engine.scheduler import Scheduler, Work
+from openglm.engine.speculate import Proposer
+from openglm.model.batch import prompt_layout
+from openglm.model.paged import PagedPool
 from openglm.model.transformer import Transformer
-from openglm.ops.sampling import apply_repetition_penalty, sample
 from openglm.types import SamplingParams
 
-__all__ = ["Completion", "Engine", "FinishReason", "Step"]
+__all__ = ["Engine", "TokenStream"]
 
-FinishReason = Literal["stop", "length"]
-
-_SCORE_ROWS = 128  # rows of logits held at once while scoring
+_NAN = "the model computed NaN logits: its weights are damaged, or try float32"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One drawn token; `logprob` under the model itself, before temperature, filters and penalty (nats)."""
+@dataclass(eq=False, slots=True)
+class _Live:
+    """What the engine keeps of an unfinished request. steps: where its results go; None: to `Engine.step`."""
 
-    token_id: int
-    logprob: float
-    finish_reason: FinishReason | None = None
+    request: Request
+    sampler: Sampler
+    positions: Tensor  # (axes, prompt and answer)
+    stop_ids: frozenset[int]
+    steps: deque[Step] | None
 
 
-@dataclass(frozen=True)
-class Completion:
-    """All drawn tokens; a stop id that ended them is the last one. "length": max_new_tokens or a full context."""
+class TokenStream(Iterator[Step]):
+    """Steps of one request as they are drawn; asking for the next one drives the engine, for all its requests.
 
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...]
+    The request waits and runs from the start, whether it is iterated or not; `close`, or dropping the stream, ends it.
+    Raises what ended a request with an error; a stream of a cancelled request just ends.
+    """
+
+    def __init__(self, engine: Engine, request_id: int, steps: deque[Step]) -> None:
+        self.request_id = request_id
+        self._engine, self._steps = engine, steps
+
+    def __next__(self) -> Step:
+        step = self._engine._next(self.request_id, self._steps)
+        if step is None or step.finish_reason == "cancelled":
+            raise StopIteration
+        if step.error is not None:
+            raise step.error
+        return step
+
+    def close(self) -> None:
+        self._engine.cancel(self.request_id)
+        self._steps.clear()
+
+    def __del__(self) -> None:
+        self._engine._abandoned.append(self.request_id)  # the collector may run within a step: cancel at the next one
 
 
 class Engine:
     """Runs one Transformer.
 
     special_ids: names to ids, for `prompt_layout`. vocab_size: ids that the tokenizer knows; rows of a padded
-    embedding beyond it are never drawn (None: all may be).
+    embedding beyond it are never drawn (None: all may be). runner: executes passes; None: a TorchRunner over the
+    model. proposer: guesses tokens, which are verified several at a time; the ids that come out stay the same.
+
+    Threads may share an engine: one of them at a time drives it, for all.
     """
 
-    def __init__(self, model: Transformer, special_ids: Mapping[str, int], vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        special_ids: Mapping[str, int],
+        vocab_size: int | None = None,
+        options: EngineOptions | None = None,
+        runner: ModelRunner | None = None,
+        proposer: Proposer | None = None,
+    ) -> None:
         self.model = model.eval()
         self.config = model.config
         self.special_ids = dict(special_ids)
         self.vocab_size = self.config.vocab_size if vocab_size is None else vocab_size
         assert 0 < self.vocab_size <= self.config.vocab_size
+        self.options = options or EngineOptions()
+        self._direct = Direct(model, self.special_ids, self.vocab_size)
+        self._runner, self._proposer = runner, proposer
+        n_pages, page_size = (runner.n_pages, runner.page_size) if runner is not None else self._pool_size()
+        prefix = self.config.mask == "prefix"  # there keys and values of a prompt depend on the whole of it
+        blocks = BlockManager(n_pages, page_size, share=self.options.prefix_cache and not prefix)
+        self.scheduler = Scheduler(blocks, self.options.n_parallel, self.options.step_tokens, whole_prompts=prefix)
+        self._lock = threading.RLock()
+        self._live: dict[int, _Live] = {}
+        self._steps: list[Step] = []
+        self._abandoned: deque[int] = deque()
+        self._positions = torch.arange(0)[None]
+        self._n_requests = self._n_passes = self._n_drawn = self._n_drafted = self._n_accepted = 0
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    # ---------------------------------------------------------------- generation
+    def _pool_size(self) -> tuple[int, int]:
+        tokens, size = self.options.pool_tokens, self.options.page_size
+        if tokens is None:
+            per_token = PagedPool.bytes_per_token(self.config, kv_type(self.model, self.options.kv_dtype))
+            tokens = default_pool_tokens(self.config, per_token, self.device, self.options)
+        return -(-tokens // size), size
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Step]:
-        """Yield tokens as they are drawn; the last Step carries the finish reason.
+    @property
+    def runner(self) -> ModelRunner:
+        """Its pool is taken from the memory when it is first needed, at the size that was fixed at the start."""
+        if self._runner is None:
+            blocks = self.scheduler.blocks
+            self._runner = TorchRunner(self.model, blocks.n_pages, blocks.page_size, self.options.kv_dtype)
+        return self._runner
 
-        Raises ValueError at the call for an empty prompt, ids outside the vocabulary or no room in the context.
+    def describe(self) -> dict[str, Any]:
+        """Sizes and counters, for people and for a server's metrics; bytes of the pool, pages, tokens, requests."""
+        with self._lock:
+            s, b = self.scheduler, self.scheduler.blocks
+            return {
+                "pool_bytes": self.runner.kv_bytes, "pool_tokens": b.n_pages * b.page_size, "page_size": b.page_size,
+                "n_pages": b.n_pages, "n_pages_free": b.n_free, "n_pages_idle": b.n_idle,
+                "n_parallel": s.n_parallel, "step_tokens": s.step_tokens, "prefix_cache": b.share,
+                "n_running": len(s.running), "n_waiting": len(s.waiting), "n_requests": self._n_requests,
+                "n_passes": self._n_passes, "n_drawn": self._n_drawn, "n_preemptions": s.n_preemptions,
+                "n_reused": s.n_reused, "n_drafted": self._n_drafted, "n_accepted": self._n_accepted,
+            }  # fmt: skip
+
+    # ---------------------------------------------------------------- one request
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams, client: str = "") -> TokenStream:
+        """Tokens as they are drawn; the last Step carries the finish reason.
+
+        Raises ValueError at the call for an empty prompt, ids outside the vocabulary, or no room in context or pool.
         """
-        ids = self._checked(prompt_ids)
-        return self._steps(ids, params, self._budget(ids, params.max_new_tokens))
+        steps: deque[Step] = deque()
+        return TokenStream(self, self._add(prompt_ids, params, client, steps), steps)
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         """`stream`, collected."""
-        steps = list(self.stream(prompt_ids, params))
-        reason = steps[-1].finish_reason
-        assert reason is not None
-        return Completion(tuple(s.token_id for s in steps), reason, tuple(s.logprob for s in steps))
+        return _collected(self.stream(prompt_ids, params))
 
-    def _steps(self, ids: list[int], params: SamplingParams, budget: int) -> Iterator[Step]:
-        generator = torch.Generator()
-        generator.seed() if params.seed is None else generator.manual_seed(params.seed)
-        layout, cache = self._layout(ids), self._cache(1, len(ids) + budget)
-        positions = layout.positions(0, len(ids) + budget)[:, None].to(self.device)
-        stop_ids = frozenset(params.stop_ids)
-        # What the penalty sees: never a stop id, or an answer could not end after a prompt that holds one.
-        seen = torch.tensor([[i for i in ids if i not in stop_ids]], device=self.device, dtype=torch.int64)
-        logits = self._prefill(ids, layout, cache)
-        for n_drawn in range(1, budget + 1):
-            token, logprob = self._draw(logits, seen, params, generator)
-            token_id = int(token)
-            if logprob != logprob:
-                raise FloatingPointError("the model computed NaN logits: its weights are damaged, or try float32")
-            reason: FinishReason | None = "length" if n_drawn == budget else None
-            if token_id in stop_ids:
-                reason = "stop"
-            yield Step(token_id, logprob, reason)
-            if reason is not None:
-                return
-            if params.repetition_penalty != 1.0:
-                seen = torch.cat([seen, token[:, None]], dim=1)
-            at = len(ids) + n_drawn - 1
-            logits = self._decode(token[:, None], positions[:, :, at : at + 1], cache)
+    def generate_many(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """`generate` for every prompt, side by side."""
+        return [_collected(stream) for stream in [self.stream(ids, params) for ids in prompts]]
+
+    # ---------------------------------------------------------------- many requests
+
+    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams, client: str = "") -> int:
+        """Queue a request whose results `step` returns; its id. Raises ValueError as `stream` does."""
+        return self._add(prompt_ids, params, client, None)
+
+    def step(self) -> list[Step]:
+        """Run one pass, if there is anything to do; what happened since the last call to requests without a stream."""
+        with self._lock:
+            self._advance()
+            steps, self._steps = self._steps, []
+            return steps
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request at once; its pages go back. False where it has ended already."""
+        with self._lock:
+            live = self._live.get(request_id)
+            if live is None:
+                return False
+            self._end(live, "cancelled")
+            return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished."""
+        return bool(self._live)
+
+    def forget(self) -> None:
+        """Empty the prefix cache. To be called when the weights have changed."""
+        with self._lock:
+            self.scheduler.blocks.forget()
+            for request in self.scheduler.running:
+                request.n_shared = 0
+
+    def _add(self, prompt_ids: Sequence[int], params: SamplingParams, client: str, steps: deque[Step] | None) -> int:
+        ids = check_ids(prompt_ids, self.config)
+        blocks = self.scheduler.blocks
+        capacity = blocks.n_pages * blocks.page_size
+        if len(ids) > capacity:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens but the pool holds {capacity}: shorten it or raise pool_tokens"
+            )
+        # The last token that is drawn is not run, so it needs no place in the pool.
+        room = min(room_in_context(len(ids), self.config), capacity + 1 - len(ids))
+        budget = min(params.max_new_tokens, room)
+        layout = prompt_layout(ids, self.config, self.special_ids)
+        sampler = Sampler(params, ids, self.vocab_size)
+        with self._lock:
+            self._n_requests += 1
+            request = Request(self._n_requests, ids, len(ids), budget, layout.n_context, client)
+            if self.config.mask == "causal":
+                if not self._positions.numel():
+                    self._positions = layout.positions(0, self.config.max_seq_len)
+                positions = self._positions
+            else:
+                positions = layout.positions(0, len(ids) + budget)
+            stop_ids = frozenset(params.stop_ids)
+            self._live[request.id] = _Live(request, sampler, positions, stop_ids, steps)
+            self.scheduler.add(request)
+            return request.id
+
+    def _next(self, request_id: int, steps: deque[Step]) -> Step | None:
+        """The next step of a stream; None when there is none any more."""
+        with self._lock:
+            while not steps:
+                if request_id not in self._live:
+                    return None
+                self._advance()
+            return steps.popleft()
+
+    # ---------------------------------------------------------------- one pass
+
+    def _advance(self) -> None:
+        while self._abandoned:
+            self.cancel(self._abandoned.popleft())
+        if self._proposer is not None:
+            self._propose(self._proposer)
+        plan = self.scheduler.schedule()
+        for request in plan.failed:
+            error = MemoryError(f"the pool has no page for request {request.id} of {len(request.ids)} tokens")
+            self._end(self._live[request.id], "error", error)
+        work = [w for w in plan.work if w.request.state == "running"]
+        if work:
+            self._n_passes += 1
+            self._run(work)
+
+    def _propose(self, proposer: Proposer) -> None:
+        proposer.propose([r for r in self.scheduler.running if r.n_pending == 1], self._positions_of)
+
+    def _positions_of(self, request: Request, start: int, stop: int) -> Tensor:
+        return self._live[request.id].positions[:, start:stop]
+
+    def _run(self, work: list[Work]) -> None:
+        """Run and draw. A pass that fails is run again request by request: only the one at fault ends."""
+        try:
+            logits = self.runner.run([self._chunk(w) for w in work])
+        except Exception as error:
+            if len(work) == 1:
+                self._end(self._live[work[0].request.id], "error", error)
+            else:
+                for w in work:
+                    self._run([w])
+            return
+        self._draw(work, logits[:, : self.vocab_size])
+
+    def _chunk(self, work: Work) -> Chunk:
+        request, start, n = work.request, work.start, work.n_tokens
+        n_known = n - work.n_drafts
+        ids = request.ids[start : start + n_known]
+        if work.n_drafts:
+            ids = ids + request.drafts
+        positions = self._live[request.id].positions[:, start : start + n]
+        n_context = request.n_context if start == 0 else 0
+        return Chunk(ids, start, positions, request.pages, n_context, work.n_logits)
 
     @torch.inference_mode()
-    def _draw(
-        self, logits: Tensor, seen: Tensor, params: SamplingParams, generator: torch.Generator
-    ) -> tuple[Tensor, float]:
-        penalised = apply_repetition_penalty(logits, seen, params.repetition_penalty)
-        token = sample(penalised, params.temperature, params.top_k, params.top_p, params.min_p, generator)
-        return token, float(logits[0, token[0]] - logits[0].logsumexp(-1))
+    def _draw(self, work: list[Work], logits: Tensor) -> None:
+        sound = logits.amax(-1).isfinite().tolist() if len(logits) else []
+        singles: list[tuple[Work, _Live]] = []
+        rows: list[int] = []
+        end = 0
+        for w in work:
+            first, end = end, end + w.n_logits
+            live = self._live[w.request.id]
+            if w.n_logits == 0:
+                self.scheduler.advance(w)
+            elif not all(sound[first:end]):
+                self._end(live, "error", FloatingPointError(_NAN))
+            elif w.n_logits == 1:
+                singles.append((w, live))
+                rows.append(first)
+            else:
+                self._verify(w, live, logits[first:end])
+        if singles:
+            wanted = logits if len(rows) == len(logits) else logits[rows]
+            for (w, live), drawn in zip(singles, draw_batch([x.sampler for _, x in singles], wanted), strict=True):
+                self._advance_by(w, live, [drawn.token_id], self._emit(live, drawn, 1))
 
-    # ---------------------------------------------------------------- beam search
+    def _verify(self, work: Work, live: _Live, logits: Tensor) -> None:
+        """Draw behind every draft as if it were the answer, until one of them was guessed wrong."""
+        guesses = [*work.request.drafts, NO_TOKEN]
+        ids: list[int] = []
+        for row, guess in zip(logits, guesses, strict=True):
+            drawn = live.sampler.draw(row)
+            ids.append(drawn.token_id)
+            reason = self._emit(live, drawn, len(ids))
+            if reason is not None or drawn.token_id != guess:
+                break
+        self._n_drafted += work.n_drafts
+        self._n_accepted += len(ids) - 1
+        self._advance_by(work, live, ids, reason)
 
-    @torch.inference_mode()
+    def _emit(self, live: _Live, drawn: Drawn, n: int) -> FinishReason | None:
+        """Hand out the n-th token of this pass; the reason why it is the last one, if it is."""
+        live.sampler.accept(drawn.token_id)
+        reason: FinishReason | None = None
+        if drawn.token_id in live.stop_ids or live.sampler.done:
+            reason = "stop"
+        elif n == live.request.n_left:
+            reason = "length"
+        self._n_drawn += 1
+        self._give(live, Step(drawn.token_id, drawn.logprob, reason, drawn.top_logprobs, live.request.id))
+        return reason
+
+    def _advance_by(self, work: Work, live: _Live, ids: list[int], reason: FinishReason | None) -> None:
+        self.scheduler.advance(work, ids)
+        if reason is not None:
+            self._close(live)
+
+    def _end(self, live: _Live, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request without another token."""
+        self._give(live, Step(NO_TOKEN, 0.0, reason, request_id=live.request.id, error=error))
+        self._close(live)
+
+    def _close(self, live: _Live) -> None:
+        self.scheduler.finish(live.request)
+        del self._live[live.request.id]
+
+    def _give(self, live: _Live, step: Step) -> None:
+        (self._steps if live.steps is None else live.steps).append(step)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless requests, queue and pages agree."""
+        with self._lock:
+            self.scheduler.check_integrity()
+            requests = [*self.scheduler.running, *self.scheduler.waiting]
+            assert sorted(r.id for r in requests) == sorted(self._live)
+
+    # ---------------------------------------------------------------- whole passes
+
     def beam(
         self,
         prompt_ids: Sequence[int],
@@ -129,107 +370,24 @@ class Engine:
         stop_ids: Iterable[int] = (),
     ) -> list[Beam]:
         """(ids, score) of at most n_beams answers, best first; `BeamSearch` defines scores. Deterministic."""
-        ids = self._checked(prompt_ids)
-        budget = self._budget(ids, max_new_tokens)
-        search = BeamSearch(ids, n_beams, budget, length_penalty, no_repeat_ngram, min_new_tokens, stop_ids)
-        layout = self._layout(ids)
-        positions = layout.positions(0, len(ids) + budget)[:, None].to(self.device).expand(-1, n_beams, -1)
-        prompt_cache = self._cache(1, len(ids))
-        search.advance(self._prefill(ids, layout, prompt_cache))
-        if search.done:
-            return search.results()
-        cache = self._widened(prompt_cache, n_beams, len(ids) + budget)
-        while not search.done:
-            rows, tokens = search.last_step(self.device)
-            if cache.length > len(ids):  # after the prompt all rows are equal
-                cache.reorder(rows)
-            search.advance(self._decode(tokens[:, None], positions[:, :, cache.length : cache.length + 1], cache))
-        return search.results()
+        with self._lock:
+            return self._direct.beam(
+                prompt_ids, n_beams, max_new_tokens, length_penalty, no_repeat_ngram, min_new_tokens, stop_ids
+            )
 
-    def _widened(self, cache: KVCache, n_rows: int, max_len: int) -> KVCache:
-        """The one row of `cache`, copied to every row of a new one."""
-        wide = self._cache(n_rows, max_len)
-        c = self.config
-        nothing = torch.empty(1, c.n_kv_heads, 0, c.head_dim, device=self.device, dtype=self.model.dtype)
-        for layer in range(c.n_layers):
-            keys, values = (x[:, :, cache.n_prefix :] for x in cache.append(layer, nothing, nothing))
-            wide.append(layer, keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
-        wide.advance(cache.length)
-        return wide
-
-    # ---------------------------------------------------------------- scoring
-
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, vocab_size of the config) float32 on the engine's device: row t scores token t + 1. No row is masked."""
-        return self.model.logits(self._hidden(self._checked(ids)))[0]
+        with self._lock:
+            return self._direct.logits(ids)
 
-    @torch.inference_mode()
     def logprobs(self, ids: Sequence[int], start: int = 1) -> Tensor:
         """(T - start,) float32 log-probabilities (nats) of ids[start:], each given all before it."""
-        ids = self._checked(ids)
-        if not 1 <= start < len(ids):
-            raise ValueError(f"nothing to score from token {start} on in {len(ids)} tokens")
-        hidden = self._hidden(ids)[0, start - 1 : -1]
-        targets = torch.tensor(ids[start:], device=self.device)
-        parts = []
-        for first in range(0, len(targets), _SCORE_ROWS):
-            rows, wanted = hidden[first : first + _SCORE_ROWS], targets[first : first + _SCORE_ROWS, None]
-            logits = self._masked(self.model.logits(rows))
-            parts.append(logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1))
-        return torch.cat(parts)
+        with self._lock:
+            return self._direct.logprobs(ids, start)
 
-    def _hidden(self, ids: list[int]) -> Tensor:
-        if len(ids) > self.config.max_seq_len:
-            raise ValueError(f"{len(ids)} tokens are given but the context holds {self.config.max_seq_len}: give fewer")
-        layout = self._layout(ids)
-        return self.model(self._batch(ids, layout))
 
-    # ---------------------------------------------------------------- passes
-
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one token")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(f"token id {wrong} is outside the vocabulary: ids are 0 to {self.config.vocab_size - 1}")
-        return ids
-
-    def _budget(self, ids: list[int], max_new_tokens: int) -> int:
-        room = self.config.max_seq_len - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens but the context holds {self.config.max_seq_len} with the answer: "
-                "shorten the prompt"
-            )
-        return min(max_new_tokens, room)
-
-    def _layout(self, ids: list[int]) -> PromptLayout:
-        return prompt_layout(ids, self.config, self.special_ids)
-
-    def _cache(self, n_rows: int, max_len: int) -> KVCache:
-        return KVCache(self.config, n_rows, max_len, self.device, self.model.dtype, self.model.kv_prefix)
-
-    def _batch(self, ids: list[int], layout: PromptLayout) -> ForwardBatch:
-        # A context of one token sees nothing that causal attention does not: keep the mask-free kernel.
-        context = layout.context(len(ids))[None].to(self.device) if layout.n_context > 1 else None
-        positions = layout.positions(0, len(ids))[:, None].to(self.device)
-        return ForwardBatch(torch.tensor([ids], device=self.device), positions, context=context)
-
-    def _masked(self, logits: Tensor) -> Tensor:
-        if self.vocab_size < logits.shape[-1]:
-            logits[..., self.vocab_size :] = float("-inf")
-        return logits
-
-    @torch.inference_mode()
-    def _prefill(self, ids: list[int], layout: PromptLayout, cache: KVCache) -> Tensor:
-        """Logits (1, V) behind the whole prompt."""
-        hidden = self.model(self._batch(ids, layout), cache)
-        return self._masked(self.model.logits(hidden[:, -1]))
-
-    @torch.inference_mode()
-    def _decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) behind one more token a row. tokens: (B, 1); positions: (axes, B, 1)."""
-        hidden = self.model(ForwardBatch(tokens, positions), cache)
-        return self._masked(self.model.logits(hidden[:, -1]))
+def _collected(stream: TokenStream) -> Completion:
+    steps = list(stream)
+    reason = (steps[-1].finish_reason if steps else None) or "cancelled"
+    top = tuple(s.top_logprobs for s in steps)
+    return Completion(tuple(s.token_id for s in steps), reason, tuple(s.logprob for s in steps), top)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from openglm.engine.beam import Beam
-from openglm.engine.engine import Engine, FinishReason
+from openglm.engine.engine import Engine
+from openglm.engine.request import FinishReason
 from openglm.types import SamplingParams
 
 __all__ = ["MASKS", "FilledBlank", "fill_blanks"]

@@ -1,13 +1,29 @@
-"""KVCache: keys and values of the tokens already seen, one contiguous block a layer."""
+"""KVCache: keys and values of the tokens already seen, one contiguous block a layer. `Cache`: what any cache does."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
+from openglm.ops.attention import attention
 
-__all__ = ["KVCache"]
+__all__ = ["Cache", "KVCache"]
+
+
+class Cache(Protocol):
+    """What `Transformer.forward` asks of a cache. offset: keys in front of the tokens of this pass, for the mask."""
+
+    @property
+    def offset(self) -> int: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Store k, v (B, G, T, D) of the new tokens; what q (B, H, T, D) sees of these and all cached ones."""
+
+    def advance(self, n_tokens: int) -> None:
+        """All layers of this pass are done."""
 
 
 class KVCache:
@@ -38,6 +54,9 @@ class KVCache:
     def offset(self) -> int:
         """Keys in front of the next token: the prefix and the cached ones."""
         return self.n_prefix + self.length
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q, *self.append(layer, k, v), mask)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, D) of new tokens behind the cached ones; returns views of all, (B, G, offset + T, D).

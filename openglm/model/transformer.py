@@ -9,13 +9,15 @@ Fused projections hold rows in one order, whatever a checkpoint's: qkv is [Q | K
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openglm.config import GLMConfig
 from openglm.model.batch import ForwardBatch
-from openglm.model.cache import KVCache
+from openglm.model.cache import Cache, KVCache
 from openglm.ops.attention import attention, visible
 from openglm.ops.rope import apply_rope, inverse_frequencies, rope_angles, yarn
 
@@ -40,16 +42,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=config.linear_bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None, layer: int
     ) -> Tensor:
         c = self.config
         heads = self.qkv(x).unflatten(-1, (c.n_heads + 2 * c.n_kv_heads, c.head_dim))  # (B, T, H + 2G, head_dim)
         qk, v = heads.split((c.n_heads + c.n_kv_heads, c.n_kv_heads), dim=2)
         q, k = (qk if rope is None else apply_rope(qk, *rope)).split((c.n_heads, c.n_kv_heads), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        attend = attention if cache is None else partial(cache.attend, layer)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -81,7 +82,7 @@ class Block(nn.Module):
         self.post_norm2 = make_norm(config) if config.sandwich else nn.Identity()
 
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, cache: KVCache | None = None
+        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         x = self.norm1(h)
         h = self._residual(h, x) + self.post_norm1(self.attn(x, rope, mask, cache, self.layer))
@@ -124,7 +125,7 @@ class Transformer(nn.Module):
         # Not a buffer: .to(bfloat16) must not round it.
         self._inv_freq, self._rope_scale = _frequencies(config)
 
-    def forward(self, batch: ForwardBatch, cache: KVCache | None = None) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: Cache | None = None) -> Tensor:
         """Hidden states (B, T, D) after the final norm. With a cache, ids are the tokens behind the cached ones."""
         n_query = batch.ids.shape[1]
         h = self._embedded(batch)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import openglm.engine.engine as engine_module
+import openglm.engine.direct as engine_module
 import openglm.model.sat as sat_module
 import openglm.model.transformer as transformer_module
 from openglm.engine import Engine

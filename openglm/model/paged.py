@@ -1,0 +1,197 @@
+"""PagedPool: keys and values of many sequences in pages of one fixed pool. PagedCache: one ragged pass over it.
+
+    python -m pytest -q tests/test_engine_paged.py
+
+A pass holds new tokens of several sequences, laid end to end in one row, so that norms and matrices see one (1, N, D)
+input; attention goes sequence by sequence, and for sequences with one new token many at once. New keys and values are
+stored first and then read back with the old ones: whatever the pool's dtype rounds off, it makes no difference how a
+prompt was cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openglm.config import GLMConfig
+from openglm.ops.attention import attention, visible
+
+__all__ = ["PagedCache", "PagedPool", "Span"]
+
+_SINGLE = 1  # a sequence with one new token, as every answer that is being written
+
+
+class Span(NamedTuple):
+    """n new tokens of one sequence behind `start` cached ones; pages: the sequence's, in order.
+
+    n_context: leading tokens that see each other both ways; then start is 0 and n holds them all.
+    """
+
+    start: int
+    n: int
+    pages: Sequence[int]
+    n_context: int = 0
+
+
+class PagedPool:
+    """Room for n_pages pages of page_size tokens. dtype int8: absmax of each token and head, with a float32 scale.
+
+    Elements: 2 * n_layers * n_pages * page_size * n_kv_heads * head_dim, taken at once. On a CPU the system gives
+    memory only to pages that were written to.
+    """
+
+    def __init__(
+        self, config: GLMConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.n_pages, self.page_size, self.dtype = n_pages, page_size, dtype
+        shape = (config.n_layers, 2, n_pages * page_size, config.n_kv_heads, config.head_dim)
+        self._data = torch.zeros(shape, dtype=dtype, device=device)
+        self._scale = torch.zeros(*shape[:-1], 1, device=device) if dtype == torch.int8 else None
+
+    @property
+    def n_bytes(self) -> int:
+        return self._data.nbytes + (0 if self._scale is None else self._scale.nbytes)
+
+    @staticmethod
+    def bytes_per_token(config: GLMConfig, dtype: torch.dtype) -> int:
+        heads = 2 * config.n_layers * config.n_kv_heads
+        return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+
+    def slots(self, pages: Sequence[int], start: int, stop: int) -> slice | Tensor:
+        """Where tokens start to stop - 1 of a sequence lie: a slice where its pages are neighbours, else indices."""
+        size = self.page_size
+        first, last = start // size, (stop - 1) // size
+        if all(pages[i + 1] == pages[i] + 1 for i in range(first, last)):
+            base = (pages[first] - first) * size
+            return slice(base + start, base + stop)
+        table = torch.tensor(pages[first : last + 1]) * size
+        return (table[:, None] + torch.arange(size)).flatten()[start - first * size : stop - first * size]
+
+    def write(self, layer: int, slots: slice | Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v: (N, G, D) of the tokens at `slots`."""
+        for which, x in enumerate((k, v)):
+            if self._scale is not None:
+                scale = x.abs().amax(-1, keepdim=True).float() / 127.0
+                self._scale[layer, which, slots] = scale
+                x = (x.float() / scale.clamp(min=1e-30)).round_()
+            self._data[layer, which, slots] = x.to(self.dtype)
+
+    def read(self, layer: int, slots: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values at `slots`, each of their shape with (G, D) behind it."""
+        k, v = (self._data[layer, which, slots].to(dtype) for which in (0, 1))
+        if self._scale is not None:
+            k, v = (x * self._scale[layer, i, slots].to(dtype) for i, x in enumerate((k, v)))
+        return k, v
+
+
+class _Group(NamedTuple):
+    """Spans that attend together: one of several tokens, or many of one token.
+
+    rows: their tokens in the pass. slots: their keys, a slice or (S,) for one span, else (B, S), padded with the slot
+    of each sequence's first token, so that no one reads what another left. mask: additive or None, as for `attention`.
+    """
+
+    n_spans: int
+    n_new: int
+    rows: slice | Tensor
+    slots: slice | Tensor
+    mask: Tensor | None
+
+
+class PagedCache:
+    """One pass of spans over a pool. prefix: `Transformer.kv_prefix`, in front of every sequence."""
+
+    offset = 0  # the mask is made here, span by span
+
+    def __init__(
+        self, pool: PagedPool, spans: Sequence[Span], prefix: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._pool, self._prefix, self._dtype, self._device = pool, prefix, dtype, device
+        self._n_prefix = 0 if prefix is None else prefix.shape[-2]
+        places = [pool.slots(span.pages, span.start, span.start + span.n) for span in spans]
+        self._new: slice | Tensor = places[0]
+        if len(spans) > 1:
+            parts = (torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in places)
+            self._new = torch.cat(tuple(parts))
+        if isinstance(self._new, Tensor):
+            self._new = self._new.to(device)
+        self._groups = self._grouped(spans)
+
+    def _grouped(self, spans: Sequence[Span]) -> list[_Group]:
+        """Spans of one token go together with those about as long, so that little is padded."""
+        singles: defaultdict[int, list[tuple[int, Span]]] = defaultdict(list)
+        groups: list[_Group] = []
+        row = 0
+        for span in spans:
+            if span.n == _SINGLE:
+                singles[(span.start + 1).bit_length()].append((row, span))
+            else:
+                groups.append(self._several(row, span))
+            row += span.n
+        groups += [self._batched(members) for members in singles.values()]
+        return groups
+
+    def _several(self, row: int, span: Span) -> _Group:
+        n_keys = span.start + span.n
+        context = torch.arange(span.n)[None] < span.n_context if span.n_context > 1 else None
+        seen = visible(span.n, self._n_prefix + span.start, None, context)
+        slots = self._pool.slots(span.pages, 0, n_keys)
+        slots = slots if isinstance(slots, slice) else slots.to(self._device)
+        return _Group(1, span.n, slice(row, row + span.n), slots, None if seen is None else self._additive(seen))
+
+    def _batched(self, members: Sequence[tuple[int, Span]]) -> _Group:
+        if len(members) == 1:
+            row, span = members[0]
+            return self._several(row, span)
+        size = self._pool.page_size
+        lengths = torch.tensor([span.start + 1 for _, span in members])
+        longest = max(span.start + 1 for _, span in members)
+        n_pages = -(-longest // size)
+        pages = [list(span.pages[:n_pages]) for _, span in members]
+        table = torch.tensor([p + p[:1] * (n_pages - len(p)) for p in pages])
+        slots = (table[:, :, None] * size + torch.arange(size)).flatten(1)[:, :longest]
+        inside = torch.arange(longest) < lengths[:, None]
+        slots = torch.where(inside, slots, slots[:, :1]).to(self._device)
+        mask = None
+        if not bool(inside.all()):
+            seen = torch.nn.functional.pad(inside, (self._n_prefix, 0), value=True)
+            mask = self._additive(seen[:, None, None])
+        rows = [row for row, _ in members]
+        neighbours = rows[-1] - rows[0] == len(rows) - 1
+        where = slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=self._device)
+        return _Group(len(members), _SINGLE, where, slots, mask)
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=self._dtype).masked_fill_(~seen, float("-inf"))
+        return mask.to(self._device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q: (1, H, N, D); k, v: (1, G, N, D) of the pass. Returns (1, H, N, D). `mask` is not looked at."""
+        self._pool.write(layer, self._new, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        if len(self._groups) == 1 and isinstance(self._groups[0].rows, slice):
+            return self._attend_group(layer, self._groups[0], q)
+        out = torch.empty_like(q)
+        for group in self._groups:
+            out[:, :, group.rows] = self._attend_group(layer, group, q[:, :, group.rows])
+        return out
+
+    def _attend_group(self, layer: int, group: _Group, q: Tensor) -> Tensor:
+        keys, values = (x.transpose(-2, -3) for x in self._pool.read(layer, group.slots, q.dtype))
+        n, n_heads, n_groups = group.n_spans, q.shape[1], keys.shape[-3]
+        keys, values = keys.view(n, *keys.shape[-3:]), values.view(n, *values.shape[-3:])
+        if self._prefix is not None:
+            in_front = self._prefix[:, layer].to(q.dtype)[:, None].expand(-1, n, -1, -1, -1)
+            keys, values = (torch.cat([p, x], dim=2) for p, x in zip(in_front, (keys, values), strict=True))
+        if group.n_new > _SINGLE:
+            return attention(q, keys, values, group.mask)
+        # One query a head: the heads of a group are queries that all see the same keys.
+        folded = q[0].transpose(0, 1).unflatten(1, (n_groups, n_heads // n_groups))  # (B, G, H / G, D)
+        seen = torch.nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        return seen.flatten(1, 2).transpose(0, 1)[None]
+
+    def advance(self, n_tokens: int) -> None:
+        """Nothing to do: how far a sequence has come is its owner's business."""
