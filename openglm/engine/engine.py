@@ -163,11 +163,11 @@ class Engine:
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         """`stream`, collected."""
-        return _collected(self.stream(prompt_ids, params))
+        return collected(self.stream(prompt_ids, params))
 
     def generate_many(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """`generate` for every prompt, side by side."""
-        return [_collected(stream) for stream in [self.stream(ids, params) for ids in prompts]]
+        return [collected(stream) for stream in [self.stream(ids, params) for ids in prompts]]
 
     # ---------------------------------------------------------------- many requests
 
@@ -386,7 +386,8 @@ class Engine:
             return self._direct.logprobs(ids, start)
 
 
-def _collected(stream: TokenStream) -> Completion:
+def collected(stream: TokenStream) -> Completion:
+    """All of a stream; "cancelled" when someone else ended it."""
     steps = list(stream)
     reason = (steps[-1].finish_reason if steps else None) or "cancelled"
     top = tuple(s.top_logprobs for s in steps)

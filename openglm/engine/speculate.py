@@ -1,6 +1,6 @@
 """Proposers: guesses of the tokens that come next, cheap enough that verifying several at once pays.
 
-    python -m pytest -q tests/test_engine_speculate.py
+    python -m pytest -q tests/test_engine_batching.py
 
 The engine runs the guesses behind a request's last token and draws behind each as if it were the answer; the first
 wrong one ends the pass. So the tokens are those the request's own sampler would have drawn one by one, whatever its
