@@ -351,6 +351,7 @@ def test_the_pool_is_sized_at_the_start_and_shown() -> None:
     assert (shown["pool_tokens"], shown["n_pages"], shown["page_size"]) == (32, 8, 4)
     assert shown["pool_bytes"] == 32 * 2 * 2 * 2 * 8 * 4  # tokens, keys and values, layers, groups, head, float32
     assert engine(n_parallel=3).describe()["pool_tokens"] == 3 * 96
-    for name, value in (("n_parallel", 0), ("step_tokens", 2), ("pool_tokens", 15)):
-        with pytest.raises(ValueError, match=name):
-            EngineOptions(**{name: value})
+    wrong: list[dict[str, Any]] = [{"n_parallel": 0}, {"step_tokens": 2}, {"pool_tokens": 15}]
+    for options in wrong:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            EngineOptions(**options)
