@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 __all__: list[str] = []
@@ -19,31 +20,89 @@ def convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--format", required=True, choices=FORMATS, help="ours, Hugging Face's, GGUF, or shards (SAT)")
     p.add_argument("--quantize", metavar="Q", help="int4 or int8: round the matrices on the way (gguf: Q4_0, Q8_0)")
     p.add_argument("--group", metavar="N", help="columns that share a scale, or row (default: 32)")
-    p.add_argument("--quantize-embeddings", action="store_true", help="quantise embedding and head too")
+    p.add_argument("--symmetric", action="store_true", help="int4: a scale alone for each group, no minimum")
+    p.add_argument("--method", metavar="M", help="absmax, mse, gptq or awq (default: mse; int8 and row: absmax)")
+    p.add_argument("--calibration", metavar="FILE", nargs="+", help="gptq, awq: UTF-8 text to run through the model")
+    p.add_argument("--embeddings", metavar="Q", help="none, int8 or int4 (default: none)")
+    p.add_argument("--head", metavar="Q", help="none, int8 or int4, where it is not the embedding (default: none)")
+    p.add_argument("--quantize-embeddings", action="store_true", help="embedding and head as the rest")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for other weights (default: as stored; gguf: float16)")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="ranks to cut shards for (sat; default: 1)")
     p.add_argument("--adapter", metavar="DIR", help="a LoRA (PEFT) to merge")
+    p.add_argument("--report", metavar="FILE.html", help="compare both models on --text and write a page about it")
+    p.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 texts for the report, such as one a language")
     p.epilog = "A killed conversion continues when the same command is given again."
 
 
 def convert_value(o: argparse.Namespace) -> dict[str, Any]:
+    """What --json prints: path, format, tensors, weight_bytes, continued; with --report also report (see quality)."""
     from openglm.convert import convert
     from openglm.loading import open_reference, resolve
-    from openglm.quant import QuantSpec
 
     source = resolve(o.source)
     if isinstance(source, str):
         raise ValueError(f"{source} has random weights, which are not worth keeping: give a checkpoint")
-    if o.quantize is None and (o.group is not None or o.quantize_embeddings):
-        raise ValueError("--group and --quantize-embeddings go with --quantize int4 or int8")
-    spec = None if o.quantize is None else QuantSpec.parse(o.quantize, o.group, o.quantize_embeddings)
-    found = convert(open_reference(source, o.adapter), o.target, o.format, spec, o.dtype, o.tp)
-    return {
+    spec = _spec(o)
+    if (o.report is None) != (o.text is None):
+        raise ValueError("--report FILE.html and --text FILE go together: the report compares both models on text")
+    if o.report is not None and o.format == "sat":
+        raise ValueError("--report goes with --format openglm, hf or gguf: shards are not read back for it")
+    if o.report is not None and not Path(o.report).resolve().parent.is_dir():
+        raise ValueError(f"--report {o.report}: its folder does not exist")
+    texts = {Path(name).name: read_text(name) for name in o.text or ()}
+    if len(texts) < len(o.text or ()):
+        raise ValueError("two --text files have the same name: the report could not tell them apart")
+    calibration = [read_text(name) for name in o.calibration or ()]
+    found = convert(
+        open_reference(source, o.adapter), o.target, o.format, spec, o.dtype, o.tp, calibration=calibration
+    )
+    value: dict[str, Any] = {
         "path": str(found.path), "format": o.format, "tensors": found.n_tensors, "weight_bytes": found.n_bytes,
         "continued": found.continued,
     }  # fmt: skip
+    if o.report is not None:
+        from openglm.quality import compare_models, write_report
+
+        quality = compare_models(open_reference(source, o.adapter), open_reference(found.path), texts)
+        write_report(o.report, quality)
+        value["report"] = quality.summary() | {"path": o.report}
+    return value
+
+
+def _spec(o: argparse.Namespace) -> Any:
+    from openglm.quant import QuantSpec
+
+    given = {
+        "--group": o.group, "--symmetric": o.symmetric, "--method": o.method, "--embeddings": o.embeddings,
+        "--head": o.head, "--quantize-embeddings": o.quantize_embeddings,
+    }  # fmt: skip
+    if o.quantize is None:
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"{name} goes with --quantize int4 or int8")
+        return None
+    if o.quantize_embeddings and (o.embeddings or o.head):
+        raise ValueError("--quantize-embeddings is --embeddings and --head at once: give either")
+    both = o.quantize if o.quantize_embeddings else "none"
+    return QuantSpec.parse(o.quantize, o.group, o.symmetric, o.method, o.embeddings or both, o.head or both)
+
+
+def read_text(name: str) -> str:
+    data = Path(name).read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it first, such as with iconv") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty: give a text")
+    return text
 
 
 def convert_print(value: dict[str, Any]) -> None:
     note = ", continued" if value["continued"] else ""
     print(f"{value['path']}: {value['tensors']} tensors, {value['weight_bytes'] / 2**20:,.1f} MiB{note}")
+    for text in value.get("report", {}).get("texts", []):
+        print(f"{text['name']}: perplexity {text['source_perplexity']:.3f} -> {text['perplexity']:.3f}, KL divergence "
+              f"{text['kl_divergence']:.5f} nats, same top token {100 * text['top1_agreement']:.1f} %")  # fmt: skip
+    if "report" in value:
+        print(value["report"]["path"])

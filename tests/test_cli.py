@@ -35,8 +35,9 @@ SURFACE = {
     "inspect prompt": ["model", "messages", "--json"],
     "plan": ["model", "--devices", "--precision", "--quantize", "--group", "--quantize-embeddings", "--kv", "--context",
              "--batch", "--tp", "--chunk", "--json"],
-    "convert": ["source", "target", "--format", "--quantize", "--group", "--quantize-embeddings", "--dtype", "--tp",
-                "--adapter", "--json"],
+    "convert": ["source", "target", "--format", "--quantize", "--group", "--symmetric", "--method", "--calibration",
+                "--embeddings", "--head", "--quantize-embeddings", "--dtype", "--tp", "--adapter", "--report", "--text",
+                "--json"],
     "doctor": ["--json"],
 }  # fmt: skip
 

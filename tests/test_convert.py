@@ -126,7 +126,7 @@ def test_quantising_shards_gives_the_original_tools_bytes(
 def test_rounding_is_to_nearest(bits: str, group: str) -> None:
     """Against the definition in float64: no weight moves by more than half a step (and the scale's own rounding)."""
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
-    spec = QuantSpec.parse(bits, group)
+    spec = QuantSpec.parse(bits, group, method="absmax")
     found = quantise(weight, spec)
     step = found.scale.double().repeat_interleave(found.group_size, 1)
     inside = (found.dequantise().double() - weight.double()).abs() <= 0.51 * step + 1e-3 * weight.abs().max()
@@ -135,7 +135,7 @@ def test_rounding_is_to_nearest(bits: str, group: str) -> None:
 
 
 def test_quantised_checkpoint_runs_and_is_small(causal: Path, tmp_path: Path) -> None:
-    spec = QuantSpec.parse("int4", None, embeddings=True)
+    spec = QuantSpec.parse("int4", embeddings="int4", head="int4")
     convert(bare(causal), tmp_path / "q", "openglm", spec)
     opened = open_model(tmp_path / "q")
     model = load_weights(opened, dtype=torch.float32)

@@ -22,18 +22,18 @@ PACKAGE = REPOSITORY / "openglm"
 
 # Layer of each unit: a folder of the package, or a file of its root.
 LAYERS = {
-    "config": 0, "presets": 0, "types": 0, "log": 0, "dist": 0,
+    "config": 0, "presets": 0, "types": 0, "plot": 0, "log": 0, "dist": 0,
     "ops": 1, "tokenizer": 1,
     "model": 2, "formats": 2,
     "quant": 3, "data": 3, "loading": 3,
     "engine": 4, "convert": 4,
     "chat": 5,
-    "train": 6, "agent": 6,
+    "train": 6, "quality": 6, "agent": 6,
     "eval": 7, "server": 7,
     "cli": 8, "__main__": 8,
 }  # fmt: skip
 SHARED_LAYERS = (0, 8)  # files of one layer that make one unit
-NO_TORCH = ("config", "presets", "types", "log")
+NO_TORCH = ("config", "presets", "types", "plot", "log")
 LAZY = {"load": "chat"}  # names the package itself gives, and the unit behind each
 
 

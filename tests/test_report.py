@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from openglm.train.plot import Series, line_plot, number
+from openglm.plot import Series, line_plot, number
 from openglm.train.progress import RunLog
 from openglm.train.report import write_report
 

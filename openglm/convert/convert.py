@@ -8,12 +8,15 @@ tokenizer and sampling defaults travel with them. A killed conversion goes on wh
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from openglm.convert.plan import Plan, write_shards
@@ -23,6 +26,7 @@ from openglm.model.checkpoint import CONFIG, MANIFEST, VERSION
 from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder, named_tensors
 from openglm.quant import QuantSpec
+from openglm.quant.calibrate import Calibration, windows
 
 __all__ = ["FORMATS", "Converted", "convert"]
 
@@ -49,11 +53,13 @@ def convert(
     spec: QuantSpec | None = None,
     dtype: str | None = None,
     tp: int = 1,
+    calibration: Sequence[str] = (),
 ) -> Converted:
     """Write a checkpoint in another form. Raises ValueError in one line for what that form cannot hold.
 
     spec: quantise while converting (openglm, sat by whole rows, gguf as Q4_0 or Q8_0). dtype: of floating-point
-    weights, default as stored (gguf: float16). tp: ranks to cut for (sat).
+    weights, default as stored (gguf: float16). tp: ranks to cut for (sat). calibration: texts for gptq and awq, which
+    run the model one block at a time.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -63,15 +69,24 @@ def convert(
         raise ValueError(f"--tp goes with --format sat, not {format}")
     if spec is not None and format == "hf":
         raise ValueError("--quantize does not go with --format hf, which has no form for it: use openglm or gguf")
+    if calibration and (spec is None or not spec.calibrated):
+        raise ValueError("text for calibration goes with --quantize and --method gptq or awq")
     opened = reference.opened
     if opened.kv_prefix is not None:
         raise ValueError("a P-Tuning v2 prefix cannot be merged into weights: keep it as --adapter")
+    if spec is not None and opened.config.tie_embeddings and spec.head and spec.head != spec.embeddings:
+        raise ValueError("embedding and head of this model are one matrix: choose its form with --embeddings")
     shapes = {n: tuple(t.shape) for n, t in Transformer(opened.config, device="meta").state_dict().items()}
     plan = Plan(opened, spec, DTYPES[dtype] if dtype else None, shapes)
     if format == "gguf":
         return _to_gguf(reference, Path(target), plan)
+    ids = None
+    if spec is not None and spec.calibrated and format == "openglm":
+        ids = _calibration_ids(reference, spec, calibration)
+        plan = replace(plan, calibration=Calibration(opened, spec, ids, dict(opened.meta.special_ids)))
     identity = {
         "format": format, "quantize": None if spec is None else asdict(spec), "dtype": dtype, "tp": tp,
+        "calibration": None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "source": _fingerprint(opened.path), "adapters": [_fingerprint(folder) for folder in opened.adapters],
     }  # fmt: skip
     out = OutputFolder(target, identity)
@@ -92,6 +107,19 @@ def _fingerprint(path: Path) -> list[Any]:
     """Files of a source with sizes and times, so that another source is not mixed in."""
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+def _calibration_ids(reference: Reference, spec: QuantSpec, texts: Sequence[str]) -> Tensor:
+    """Pieces of the texts, behind what stands in front of any text that this model continues."""
+    if not texts:
+        raise ValueError(f"--method {spec.method} looks at what the matrices see: give text with --calibration FILE")
+    if reference.tokenizer is None:
+        raise ValueError(f"{reference.opened.path} has no tokenizer to read text with: use --method mse")
+    meta = reference.meta
+    special = [meta.special_ids[name] for name in ("[gMASK]", "<sop>") if name in meta.special_ids]
+    known = meta.prompt_prefix is not None and not meta.prompt_suffix
+    head = list(meta.prompt_prefix or ()) if known else special if len(special) == 2 else []
+    return windows([reference.tokenizer.encode(text) for text in texts], head, reference.opened.config.max_seq_len)
 
 
 # -------------------------------------------------------------------- our format
@@ -127,8 +155,12 @@ def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
     if target.exists():
         raise ValueError(f"{target} exists already: give another name, or remove it")
     if plan.spec is not None:
-        if plan.spec.group != 32 or plan.spec.embeddings:
-            raise ValueError("GGUF quantises in groups of 32, the embedding with the rest: leave out --group")
+        plain = QuantSpec(plan.spec.bits)
+        if plan.spec != plain:
+            raise ValueError(
+                "GGUF files are quantised as Q4_0 or Q8_0, the embedding with the rest: leave out --group, --symmetric,"
+                " --method, --embeddings and --head; what --format openglm quantised is kept bit for bit"
+            )
         type = "Q4_0" if plan.spec.bits == 4 else "Q8_0"
     else:
         type = GGUF_TYPES[plan.dtype or torch.float16]

@@ -18,6 +18,7 @@ from openglm.model.opened import OpenedModel
 from openglm.model.writer import OutputFolder
 from openglm.ops.quant import QuantTensor, Weight
 from openglm.quant import QuantSpec, quantise
+from openglm.quant.calibrate import Calibration
 
 __all__ = ["Plan", "floats", "write_shards"]
 
@@ -26,26 +27,33 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """One conversion: what each weight becomes on its way."""
+    """One conversion: what each weight becomes on its way. calibration: gives the blocks' tensors, if by text."""
 
     opened: OpenedModel
     spec: QuantSpec | None
     dtype: torch.dtype | None
     shapes: dict[str, tuple[int, ...]]
+    calibration: Calibration | None = None
 
     def weight(self, name: str) -> Weight:
         """The weight of our name as it is stored: quantised when asked for, floats in `dtype`."""
+        if self.calibration is not None and name.startswith("layers."):
+            weight = self.calibration.weight(name)
+            return weight if isinstance(weight, QuantTensor) else weight.to(self.dtype or self.calibration.dtype(name))
         weight = self.opened.get(name)
-        if self.spec is not None and self.spec.applies(name, tuple(weight.shape)):
-            return quantise(floats(weight, torch.float32) if isinstance(weight, QuantTensor) else weight, self.spec)
+        spec = None if self.spec is None else self.spec.of(name, tuple(weight.shape))
+        if spec is not None:
+            try:
+                return quantise(floats(weight, torch.float32), spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return weight if isinstance(weight, QuantTensor) or self.dtype is None else weight.to(self.dtype)
 
     def n_bytes(self, name: str) -> int:
         """About what it takes, to cut shards of even size."""
         shape = self.shapes[name]
-        if self.spec is not None and self.spec.applies(name, shape):
-            return self.spec.n_bytes(shape)
-        return 2 * math.prod(shape)
+        spec = None if self.spec is None else self.spec.of(name, shape)
+        return 2 * math.prod(shape) if spec is None else spec.n_bytes(shape)
 
 
 def floats(weight: Weight, dtype: torch.dtype) -> Tensor:

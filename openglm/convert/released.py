@@ -75,8 +75,10 @@ def to_sat(reference: Reference, out: OutputFolder, plan: Plan, tp: int) -> int:
     if tp < 1 or config.n_heads % tp:
         raise ValueError(f"{config.n_heads} heads do not divide among {tp} ranks: choose another --tp")
     spec = plan.spec
-    if spec is not None and (spec.group is not None or not spec.symmetric or spec.embeddings):
+    if spec is not None and (spec.group is not None or not spec.symmetric or spec.embeddings or spec.head):
         raise ValueError("shards are quantised by whole rows, without embeddings: add --group row")
+    if spec is not None and spec.calibrated:
+        raise ValueError(f"shards are quantised without text: --method absmax or mse, not {spec.method}")
     family = "glm-10b" if config.positions == "learned" else "glm-130b"
     iteration = str(reference.meta.description.get("iteration", 0))
     for rank in tqdm(range(tp), desc="convert", unit="rank", delay=2, leave=False):
@@ -113,8 +115,9 @@ class RankPart:
         config, spec = self.plan.opened.config, self.plan.spec
         for name, weight in export_weights(FAMILIES[self.family], config, [(ours, self.whole.weight(ours))]):
             part = cut(name, weight, self.family, self.tp)[self.rank]
-            if spec is not None and spec.applies(ours, self.plan.shapes[ours]):
-                part = quantise(floats(part, torch.float32), spec)
+            form = None if spec is None else spec.of(ours, self.plan.shapes[ours])
+            if form is not None:
+                part = quantise(part if isinstance(part, Tensor) else part.dequantise(), form)
             tensors |= _stored(name, part)
         return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from openglm.quant.spec import QuantSpec, quantise
+from openglm.quant.rounding import quantise
+from openglm.quant.spec import QuantSpec
 
 __all__ = ["QuantSpec", "quantise"]

@@ -1,99 +1,99 @@
-"""QuantSpec: INT8 or INT4 weights in groups of columns, and rounding to nearest into that form.
+"""QuantSpec: what a matrix is stored as, and how its integers and scales are found.
 
     python -m openglm convert MODEL OUT --format openglm --quantize int4
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
-import torch
-from torch import Tensor
+__all__ = ["CALIBRATED", "METHODS", "Method", "QuantSpec"]
 
-from openglm.ops.quant import QuantTensor, pack_int4
-
-__all__ = ["QuantSpec", "quantise"]
-
-BLOCK_ELEMENTS = 1 << 23  # weights in float32 at a time: 32 MiB
+Bits = Literal[0, 4, 8]
+Method = Literal["absmax", "mse", "gptq", "awq"]
+METHODS: tuple[Method, ...] = ("absmax", "mse", "gptq", "awq")
+CALIBRATED = ("gptq", "awq")  # methods that need text
+BITS = {"none": 0, "int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """How matrices are stored.
 
-    bits: 4 or 8. group: columns that share a scale, None for a whole row (GLM-130B). symmetric: scale alone, from the
-    largest magnitude; else scale and minimum from the smallest and largest value. embeddings: embedding and head too.
+    bits: 4 or 8. group: columns that share a scale, None for a whole row (GLM-130B). symmetric: scale alone; else scale
+    and minimum. None: INT8 and whole rows are symmetric, INT4 in groups is not. embeddings, head: bits of these two,
+    0 leaves them as they are; a tied matrix goes by `embeddings`.
+    method: "absmax" rounds to nearest on the range of the values; "mse" searches the range with the least squared
+    error; "gptq" and "awq" need text (openglm.quant.calibrate). None: "mse" for INT4 in groups, else "absmax", which
+    is what GLM-130B does. Raises ValueError for what does not go together.
     """
 
     bits: Literal[4, 8] = 4
     group: int | None = 32
-    symmetric: bool = False
-    embeddings: bool = False
+    symmetric: bool | None = None
+    embeddings: Bits = 0
+    head: Bits = 0
+    method: Method | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"quantisation to {self.bits} bits is not supported: int4 or int8")
         if self.group is not None and (self.group < 2 or self.group % 2):
             raise ValueError(f"a group must be an even number of columns, or row, not {self.group}")
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", self.bits == 8 or self.group is None)
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("INT8 is symmetric: its integers are signed")
+        if self.embeddings not in BITS.values() or self.head not in BITS.values():
+            raise ValueError(f"embeddings and head have 0, 4 or 8 bits, not {self.embeddings} and {self.head}")
+        if self.method is None:
+            object.__setattr__(self, "method", "mse" if self.bits == 4 and self.group is not None else "absmax")
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: give one of {', '.join(METHODS)}")
 
     @classmethod
-    def parse(cls, name: str, group: str | None = None, embeddings: bool = False) -> QuantSpec:
-        """From the words of the command line: int4 or int8, and a number of columns or "row".
-
-        INT4 has a minimum unless it is by rows; INT8 and whole rows are symmetric, as GLM-130B stores them.
-        """
+    def parse(
+        cls, name: str, group: str | None = None, symmetric: bool = False, method: str | None = None,
+        embeddings: str = "none", head: str = "none",
+    ) -> QuantSpec:  # fmt: skip
+        """From the words of the command line: int4 or int8, a number of columns or "row", none, int4 or int8."""
         if name not in ("int4", "int8"):
             raise ValueError(f"unknown quantisation {name!r}: give int4 or int8")
         if group is not None and group != "row" and not group.isdecimal():
             raise ValueError(f"a group is a number of columns or row, not {group!r}")
+        for part, word in (("embeddings", embeddings), ("head", head)):
+            if word not in BITS:
+                raise ValueError(f"{part} are stored as {', '.join(BITS)}, not {word!r}")
         width = 32 if group is None else None if group == "row" else int(group)
-        return cls(4 if name == "int4" else 8, width, name == "int8" or width is None, embeddings)
+        return cls(
+            cast(Literal[4, 8], BITS[name]), width, True if symmetric else None, cast(Bits, BITS[embeddings]),
+            cast(Bits, BITS[head]), cast("Method | None", method),
+        )  # fmt: skip
 
-    def applies(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the tensor of that name (ours) is quantised. Raises ValueError when the groups do not fit it."""
+    @property
+    def calibrated(self) -> bool:
+        return self.method in CALIBRATED
+
+    def of(self, name: str, shape: tuple[int, ...]) -> QuantSpec | None:
+        """The spec of the tensor of that name (ours), its bits chosen; None where it is not quantised.
+
+        Embedding and head see no calibration: their range is searched. Raises ValueError when groups do not fit.
+        """
         if len(shape) != 2 or name.startswith(("embed_position", "embed_block")):
-            return False
-        if name in ("embed.weight", "head.weight") and not self.embeddings:
-            return False
-        columns = shape[1]
-        if columns % (self.group or 2):
-            raise ValueError(f"{name} has {columns} columns, which groups of {self.group or 2} do not divide")
-        return True
+            return None
+        spec: QuantSpec = self
+        if name in ("embed.weight", "head.weight"):
+            bits = self.embeddings if name == "embed.weight" else self.head
+            if not bits:
+                return None
+            symmetric = True if bits == 8 or self.bits == 8 else self.symmetric
+            spec = replace(self, bits=bits, symmetric=symmetric, method="mse" if self.calibrated else self.method)
+        if shape[1] % (self.group or 2):
+            raise ValueError(f"{name} has {shape[1]} columns, which groups of {self.group or 2} do not divide")
+        return spec
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a matrix of this shape takes."""
         n_groups = 1 if self.group is None else shape[1] // self.group
         return shape[0] * (shape[1] * self.bits // 8 + n_groups * (2 if self.symmetric else 4))
-
-
-def quantise(weight: Tensor, spec: QuantSpec) -> QuantTensor:
-    """Round (rows, columns) to the nearest values of the form, a block of rows at a time; half goes to even.
-
-    Symmetric: scale = max |w| / (2^(bits-1) - 1), as GLM-130B (paper, section 2.4); else scale = (max - min) /
-    (2^bits - 1). Scales and minimums are float16, and the integers are found with the rounded ones.
-    """
-    if spec.bits == 8 and not spec.symmetric:
-        raise ValueError("INT8 is symmetric: its integers are signed")
-    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    return QuantTensor.cat([_block(part, spec) for part in weight.split(step)])
-
-
-def _block(weight: Tensor, spec: QuantSpec) -> QuantTensor:
-    rows, columns = weight.shape
-    grouped = weight.float().view(rows, -1, columns if spec.group is None else spec.group)
-    tiny = torch.finfo(torch.float16).tiny
-    if spec.symmetric:
-        top = 2 ** (spec.bits - 1) - 1
-        scale = (grouped.abs().amax(-1) / top).half()
-        q = grouped / scale.float().clamp(min=tiny)[..., None]
-        if spec.group is None and weight.dtype == torch.float16:
-            q = q.half().float()  # the original divides in half precision: one weight in fifty differs by one
-        q = q.round_().clamp_(-top - 1, top)
-        if spec.bits == 8:
-            return QuantTensor(q.to(torch.int8).view(rows, columns), scale)
-        return QuantTensor(pack_int4((q + 8).view(rows, columns)), scale)
-    minimum = grouped.amin(-1).half()
-    scale = ((grouped.amax(-1) - minimum.float()) / 15).half()
-    q = ((grouped - minimum.float()[..., None]) / scale.float().clamp(min=tiny)[..., None]).round_().clamp_(0, 15)
-    return QuantTensor(pack_int4(q.view(rows, columns)), scale, minimum)

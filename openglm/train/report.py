@@ -2,7 +2,7 @@
 
     python -c "from openglm.train.report import write_report; print(write_report('runs/out/tiny'))"
 
-Plots are inline SVG (plot.py); nothing is fetched, nothing runs. What the log does not hold is left out.
+Plots are inline SVG (openglm/plot.py); nothing is fetched, nothing runs. What the log does not hold is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from openglm.train.plot import Series, line_plot
+from openglm.plot import STYLE, Series, line_plot
 
 __all__ = ["read_log", "write_report"]
 
@@ -309,36 +309,3 @@ def _duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6570;--line:#d9dee3;--page:#fff;--card:#f6f8fa;--hit:#fff3b0;
---c0:#0a66c2;--c1:#c2540a;--c2:#1a7f4b;--c3:#8b3fa8;--c4:#8a6d00;--c5:#b3365b;--bad:#d1242f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa5b0;--line:#343b43;--page:#14171a;--card:#1c2024;
---hit:#5a4d00;--c0:#6cb2ff;--c1:#ff9d5c;--c2:#5fd096;--c3:#d09bf0;--c4:#e0c04c;--c5:#ff8fae;--bad:#ff7b72}}
-body{margin:0 auto;padding:1rem;max-width:1100px;background:var(--page);color:var(--ink);
-font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif}
-h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:0}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-p{margin:.2rem 0 .5rem;color:var(--soft)}h3,td,pre,li{overflow-wrap:anywhere;white-space:pre-wrap}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;
-border-bottom:1px solid var(--line)}th{font-weight:500;color:var(--soft);width:min(12rem,40%)}.samples th{width:4rem}
-td{font-variant-numeric:tabular-nums}mark{background:var(--hit);color:inherit;border-radius:3px;padding:0 2px}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1rem;margin:1.2rem 0}
-figure{margin:0;padding:.8rem;background:var(--card);border:1px solid var(--line);border-radius:8px;min-width:0;
-display:flex;flex-direction:column}figcaption{flex:1}figcaption p{font-size:.85rem}
-svg{display:block;width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}
-path{fill:none;vector-effect:non-scaling-stroke}.grid{stroke:var(--line)}.axis{stroke:var(--soft)}
-path.line{stroke-width:1.6;stroke-linejoin:round}path.level{stroke-width:1.6;stroke-dasharray:6 4}
-.mark{stroke:var(--bad);stroke-width:2}.hover{fill:transparent}
-.c0{stroke:var(--c0);--it:var(--c0)}.c1{stroke:var(--c1);--it:var(--c1)}.c2{stroke:var(--c2);--it:var(--c2)}
-.c3{stroke:var(--c3);--it:var(--c3)}.c4{stroke:var(--c4);--it:var(--c4)}.c5{stroke:var(--c5);--it:var(--c5)}
-.dot{fill:var(--card);stroke-width:1.6}
-.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.85rem;margin:.4rem 0 0}
-.legend i{display:inline-block;width:1.1rem;border-top:2px solid var(--it);margin-right:.4rem;vertical-align:middle}
-.legend .level i{border-top-style:dashed}
-.legend .points i{width:.45rem;height:.45rem;border:2px solid var(--it);border-radius:50%}
-.legend .skip{--it:var(--bad)}.legend .skip i{width:0;height:.7rem;border:0;border-left:2px solid var(--it)}
-.losses{margin-top:1rem}
-details{margin:1rem 0}summary{cursor:pointer;font-weight:500}section{margin:1.5rem 0}
-pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;font-size:.85rem}
-"""

@@ -1,0 +1,90 @@
+"""GPTQ: round a matrix column by column, each column's error made up for by the columns that are still to come.
+
+    python -m pytest -q tests/test_quant_calibrated.py
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: with
+H = X^T X of the layer's inputs, the update that keeps the output is read off the Cholesky factor of H's inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openglm.ops.quant import QuantTensor, pack_int4
+from openglm.quant.rounding import fit, integers
+from openglm.quant.spec import QuantSpec
+
+__all__ = ["gptq"]
+
+BLOCK = 128  # columns updated at once behind the ones being rounded
+DAMPING = 0.01  # of H's mean diagonal, added to it
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = True) -> QuantTensor:
+    """Round (rows, columns) to the form of `spec`, least error of weight @ X^T.
+
+    hessian: (columns, columns) float32, the sum of x^T x over inputs x. act_order: columns with the largest inputs
+    first, on grids that are fitted to the weights beforehand; else from left to right, each group's grid fitted when
+    its turn comes. Columns that see no input are rounded to nearest.
+    """
+    rows, columns = weight.shape
+    group = spec.group or columns
+    w = weight.float().t().contiguous()  # (columns, rows): one column lies together
+    seen = hessian.diagonal()
+    order = seen.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    factor = _factor(hessian.float(), order)
+    scale, minimum = fit(w.view(-1, group, rows).transpose(0, 1).reshape(group, -1), spec)
+    scale, minimum = scale.view(-1, rows), None if minimum is None else minimum.view(-1, rows)
+    original, w, q = w, w[order], torch.empty_like(w)
+    for first in range(0, columns, BLOCK):
+        stop = min(first + BLOCK, columns)
+        block, errors = w[first:stop], torch.empty(stop - first, rows)
+        for i in range(stop - first):
+            j = int(order[first + i])
+            g = j // group
+            if not act_order and j % group == 0:  # the group's columns as they are by now
+                now = torch.cat([block[i:], w[stop : first + i + group]])[:group]
+                if stop < first + i + group:  # what lies behind this block waits for the block's errors
+                    now[stop - first - i :] -= factor[first : first + i, stop : first + i + group].t() @ errors[:i]
+                scale[g], found = fit(now, spec)
+                if minimum is not None and found is not None:
+                    minimum[g] = found
+            low = None if minimum is None else minimum[g]
+            q[j] = integers(block[i : i + 1], scale[g], low, spec)[0]
+            error = block[i] - _values(q[j], scale[g], low, spec)
+            if seen[j] == 0:
+                q[j] = integers(original[j : j + 1], scale[g], low, spec)[0]
+                error.zero_()
+            errors[i] = error / factor[first + i, first + i]
+            block[i + 1 :].addr_(factor[first + i, first + i + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(factor[first:stop, stop:].t(), errors, alpha=-1)
+    q, scale = q.t().contiguous(), scale.t().contiguous()
+    if spec.bits == 8:
+        return QuantTensor(q.to(torch.int8), scale)
+    return QuantTensor(pack_int4(q), scale, None if minimum is None else minimum.t().contiguous())
+
+
+def _values(q: Tensor, scale: Tensor, minimum: Tensor | None, spec: QuantSpec) -> Tensor:
+    """What stored integers stand for."""
+    if minimum is not None:
+        return torch.addcmul(minimum.float(), q, scale.float())
+    return (q if spec.bits == 8 else q - 8) * scale.float()
+
+
+def _factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of H, its rows and columns in `order`; damped until there is one."""
+    h = hessian[order][:, order]
+    mean = float(h.diagonal().mean()) or 1.0
+    h.diagonal()[h.diagonal() == 0] = mean
+    damping = DAMPING * mean
+    while True:
+        damped = h.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10

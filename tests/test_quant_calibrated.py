@@ -1,0 +1,205 @@
+"""GPTQ and AWQ: against short float64 references, and through whole conversions of tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from openglm.config import GLMConfig
+from openglm.convert import convert
+from openglm.loading import Reference, open_reference
+from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
+from openglm.model.init import init_weights
+from openglm.model.load import build_transformer
+from openglm.model.transformer import Transformer
+from openglm.ops.quant import QuantTensor
+from openglm.quant import QuantSpec, quantise
+from openglm.quant.awq import fold, sites
+from openglm.quant.calibrate import windows
+from openglm.quant.gptq import DAMPING, gptq
+from openglm.tokenizer import Tokenizer
+
+GQA = GLMConfig(vocab_size=640, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, max_seq_len=128)
+LAYER_NORM = replace(GQA, norm="layer", mlp="geglu", linear_bias=True)
+NORMED = replace(LAYER_NORM, residual="normed", residual_alpha=2.0, n_kv_heads=4, mlp="gelu", mask="prefix")
+TEXT = "The quick brown fox jumps over the lazy dog. 北京是中华人民共和国的首都。 In 1998 there were 42 people. " * 60
+
+
+def inputs(n: int, columns: int, seed: int = 0) -> Tensor:
+    """Correlated, some columns much larger."""
+    g = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(n, columns, generator=g) @ torch.randn(columns, columns, generator=g) / columns**0.5
+    return mixed * torch.logspace(-1, 0.7, columns)[torch.randperm(columns, generator=g)]
+
+
+def obq(weight: np.ndarray, hessian: np.ndarray, grid: QuantTensor, order: list[int]) -> np.ndarray:
+    """Optimal brain quantisation in a fixed order, by the definition: round one column, move all that are left by
+    -error / [F^-1]_jj F^-1_j with F the Hessian of what is left, inverted anew for each column."""
+    w, left = weight.copy(), list(order)
+    out = np.zeros_like(w)
+    for j in order:
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        scale = grid.scale.double().numpy()[:, j // grid.group_size]
+        if grid.minimum is None:
+            top = 127 if grid.bits == 8 else 7
+            out[:, j] = np.clip(np.rint(w[:, j] / scale), -top - 1, top) * scale
+        else:
+            low = grid.minimum.double().numpy()[:, j // grid.group_size]
+            out[:, j] = np.clip(np.rint((w[:, j] - low) / scale), 0, 15) * scale + low
+        w[:, left] -= np.outer((w[:, j] - out[:, j]) / inverse[0, 0], inverse[0])
+        left.remove(j)
+    return out
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(group=16), QuantSpec(group=16, symmetric=True), QuantSpec(8, 16),
+                                  QuantSpec(4, None, method="mse")])  # fmt: skip
+def test_gptq_is_optimal_brain_quantisation_in_its_order(spec: QuantSpec) -> None:
+    weight, x = torch.randn(6, 48, generator=torch.Generator().manual_seed(1)), inputs(300, 48)
+    hessian = x.t() @ x
+    found = gptq(weight, hessian, spec)
+    damped = hessian.double() + DAMPING * float(hessian.diagonal().mean()) * torch.eye(48)
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    expected = obq(weight.double().numpy(), damped.numpy(), quantise(weight, spec), order)
+    close = np.isclose(found.dequantise().double().numpy(), expected, atol=1e-3)
+    assert close.mean() > 0.98, "but for a rare tie, which turns what follows in its row"
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(4, None), QuantSpec(8, 64), QuantSpec(4, 128, True)])
+def test_gptq_loses_less_of_the_output_than_rounding(spec: QuantSpec, act_order: bool) -> None:
+    weight, x = torch.randn(40, 256, generator=torch.Generator().manual_seed(2)), inputs(1000, 256)
+    lost = [
+        float(((q.dequantise() - weight) @ x.t()).square().sum())
+        for q in (gptq(weight, x.t() @ x, replace(spec, method="gptq"), act_order), quantise(weight, spec))
+    ]
+    assert lost[0] < 0.7 * lost[1]
+
+
+def test_gptq_without_inputs_is_rounding() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    found, plain = gptq(weight, torch.zeros(64, 64), QuantSpec()), quantise(weight, QuantSpec())
+    assert torch.equal(found.q, plain.q) and torch.equal(found.scale, plain.scale)
+
+
+@pytest.mark.parametrize(("config", "n_sites"), [(GQA, 4), (LAYER_NORM, 4), (NORMED, 1), (replace(GQA, mlp="gelu"), 3)])
+def test_folded_scales_change_nothing(config: GLMConfig, n_sites: int) -> None:
+    """Any factors in all places where they may go: the same function."""
+    model = init_weights(Transformer(config), seed=1, std=0.3).eval()
+    for norm in (m for name, m in model.layers[0].named_modules() if "norm" in name and hasattr(m, "weight")):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    block = model.layers[0].double()
+    h = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        before = block(h, None)
+        state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        assert len(sites(config)) == n_sites
+        for i, name in enumerate(sites(config)):
+            factor = torch.rand(state[name].shape[1], generator=torch.Generator().manual_seed(i)).double() + 0.5
+            if name == "attn.out.weight":
+                factor = factor.view(config.n_kv_heads, -1, 8)[:, :1].expand(-1, config.n_heads // config.n_kv_heads, 8)
+                factor = factor.reshape(-1)
+            fold(state, config, name, factor)
+        assert not torch.equal(state["attn.out.weight"], block.state_dict()["attn.out.weight"])
+        block.load_state_dict(state)
+        torch.testing.assert_close(block(h, None), before, rtol=1e-9, atol=1e-9)
+
+
+# -------------------------------------------------------------------- whole conversions
+
+
+def checkpoint(folder: Path, config: GLMConfig, tokenizer: Tokenizer) -> Reference:
+    """Random weights whose channels differ in size, as trained ones do."""
+    model = init_weights(Transformer(config), seed=3, std=0.2)
+    with torch.no_grad():
+        for block in model.layers:
+            for norm in (block.norm1, block.norm2):
+                norm.weight.copy_(torch.logspace(-1.5, 0.5, config.dim))
+    meta = CheckpointMeta(special_ids=tokenizer.special_ids, tokenizer=tokenizer.kind)
+    save_checkpoint(folder, model, config, meta, tokenizer.files)
+    return open_reference(folder)
+
+
+def output_error(source: Reference, converted: Path, ids: Tensor) -> float:
+    """Of the hidden states, relative."""
+    from openglm.model.batch import ForwardBatch
+
+    positions = torch.arange(ids.shape[1]).expand(1, *ids.shape)
+    a, b = (
+        build_transformer(r.opened, dtype=torch.float32)(ForwardBatch(ids, positions))
+        for r in (source, open_reference(converted))
+    )
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("config", [GQA, LAYER_NORM, NORMED])
+def test_text_makes_a_conversion_better(
+    config: GLMConfig, method: str, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    source = checkpoint(tmp_path / "source", config, tiny_tokenizer)
+    for name in ("mse", method):
+        spec = QuantSpec.parse("int4", "16", method=name)
+        convert(source, tmp_path / name, spec=spec, calibration=[TEXT] if spec.calibrated else [])
+    ids = windows([tiny_tokenizer.encode(TEXT[200:] + TEXT)], [], 100)
+    plain, better = (output_error(source, tmp_path / name, ids) for name in ("mse", method))
+    assert 0 < better < (plain if config is NORMED and method == "awq" else 0.95 * plain)
+    stored = open_reference(tmp_path / method).opened
+    kinds = [name for name, weight in stored.weights() if isinstance(weight, QuantTensor)]
+    assert len(kinds) == 4 * config.n_layers
+    if config is NORMED:  # its norms feed the residual: nothing may go there
+        name = "layers.1.norm2.weight"
+        assert torch.equal(stored.get(name), source.opened.get(name))  # type: ignore[arg-type]
+
+
+def test_a_calibrated_conversion_is_continued(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after some shards: the rest comes out as it would have."""
+    from openglm.model.writer import OutputFolder
+
+    source = checkpoint(tmp_path / "source", replace(GQA, n_layers=3), tiny_tokenizer)
+    monkeypatch.setattr("openglm.convert.plan.SHARD_BYTES", 30_000)
+    spec = QuantSpec.parse("int4", method="gptq")
+    convert(source, tmp_path / "whole", spec=spec, calibration=[TEXT])
+    finish, written = OutputFolder._finish, []
+
+    def killed(self: OutputFolder, name: str, *rest: object) -> None:
+        finish(self, name, *rest)  # type: ignore[arg-type]
+        written.append(name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OutputFolder, "_finish", killed)
+        convert(source, tmp_path / "parts", spec=spec, calibration=[TEXT])
+    assert convert(source, tmp_path / "parts", spec=spec, calibration=[TEXT]).continued
+    assert (tmp_path / "parts" / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
+
+
+def test_mistakes(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    source = checkpoint(tmp_path / "source", replace(GQA, tie_embeddings=True), tiny_tokenizer)
+    gptq_spec, plain = QuantSpec.parse("int4", method="gptq"), QuantSpec.parse("int4")
+    for spec, texts, message in [
+        (gptq_spec, [], "give text with --calibration"), (plain, ["x"], "goes with --quantize and --method"),
+        (gptq_spec, ["short"], "has . tokens: give one of 12. or more"),
+        (QuantSpec.parse("int4", head="int8"), [], "are one matrix: choose its form with --embeddings"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "out", spec=spec, calibration=texts)
+    with pytest.raises(ValueError, match="leave out --group, --symmetric"):
+        convert(source, tmp_path / "m.gguf", "gguf", gptq_spec)
+    bare = replace(source, tokenizer=None)
+    with pytest.raises(ValueError, match="has no tokenizer to read text with"):
+        convert(bare, tmp_path / "out", spec=gptq_spec, calibration=[TEXT])
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows() -> None:
+    found = windows([list(range(1000)), list(range(2000, 2040))], [7, 8], 42, n_tokens=42 * 6)
+    assert found.shape == (4, 42) and found[:, :2].tolist() == [[7, 8]] * 4
+    assert found[:, 2].tolist() == [0, 480, 960, 2000] and found[2, -1] == 999
