@@ -3,7 +3,8 @@
     python -m pytest -q tests/test_load.py
 
 They dequantise a block of rows at a time into the dtype of the activations: the definition that faster kernels are
-compared with. The quantised matrix itself is held once; a tied head shares the embedding's tensors.
+compared with. The quantised matrix itself is held once; a tied head shares the embedding's tensors. Packed ones hold
+it in the order that the native library reads, and compute the same here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openglm.ops.quant import QuantTensor
+from openglm.ops.native import PackedMatrix, pack, packable
+from openglm.ops.quant import QuantParts, QuantTensor
 
-__all__ = ["QuantEmbedding", "QuantLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "QuantEmbedding", "QuantLinear", "RowParts", "quantised_linear"]
 
 # Weights dequantised at a time: on a CPU 2 MiB in float32, which stay in a core's cache; else few launches count more.
 CPU_BLOCK_ELEMENTS, BLOCK_ELEMENTS = 1 << 19, 1 << 23
@@ -57,17 +59,22 @@ class QuantLinear(_Quantised):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        rows, columns = weight.shape
-        block_elements = CPU_BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS
-        step = max(1, block_elements // columns)
-        if rows <= step:
-            return F.linear(x, weight.dequantise(x.dtype), self.bias)
-        out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-        for first in range(0, rows, step):
-            block = slice(first, min(first + step, rows))
-            bias = None if self.bias is None else self.bias[block]
-            out[..., block] = F.linear(x, weight.take_rows(block).dequantise(x.dtype), bias)
-        return out
+        return by_blocks(x, *weight.shape, lambda rows: weight.take_rows(rows).dequantise(x.dtype), self.bias)
+
+
+def by_blocks(
+    x: Tensor, rows: int, columns: int, block_of: Callable[[slice], Tensor], bias: Tensor | None
+) -> Tensor:
+    """F.linear with a matrix (rows, columns) that is made a block of rows at a time."""
+    block_elements = CPU_BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS
+    step = max(1, block_elements // columns)
+    if rows <= step:
+        return F.linear(x, block_of(slice(0, rows)), bias)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    for first in range(0, rows, step):
+        block = slice(first, min(first + step, rows))
+        out[..., block] = F.linear(x, block_of(block), None if bias is None else bias[block])
+    return out
 
 
 class QuantEmbedding(_Quantised):
@@ -80,3 +87,58 @@ class QuantEmbedding(_Quantised):
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weight.take_rows(ids.reshape(-1)).dequantise(self.dtype)
         return rows.view(*ids.shape, rows.shape[-1])
+
+
+class PackedLinear(nn.Module):
+    """`QuantLinear` with its matrix packed for the native library. Stays on the CPU."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.matrix
+
+        def block_of(rows: slice) -> Tensor:
+            return m.dequantise(rows.start, rows.stop - rows.start).to(x.dtype)
+
+        return by_blocks(x, m.rows, m.columns, block_of, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """`QuantEmbedding` with its matrix packed."""
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.matrix, self.dtype = matrix, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.matrix.take(ids.reshape(-1)).to(self.dtype).view(*ids.shape, self.matrix.columns)
+
+
+class RowParts(nn.Module):
+    """Quantised layers over rows below each other, and one bias: a matrix of several forms."""
+
+    def __init__(self, parts: list[nn.Module], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+def quantised_linear(weight: QuantTensor | QuantParts, packed: bool = False, cut: int | None = None) -> nn.Module:
+    """The layer of a quantised matrix, without its bias. packed: for the native library, where it knows the form.
+
+    cut: rows after which a packed matrix is held in two parts, as the kernels want a gate and what it multiplies.
+    """
+    if isinstance(weight, QuantParts):
+        return RowParts([quantised_linear(part, packed) for part in weight.parts])
+    if not packed or not packable(weight):
+        return QuantLinear(weight)
+    if cut is not None:
+        return RowParts([PackedLinear(pack(weight.take_rows(r))) for r in (slice(0, cut), slice(cut, None))])
+    return PackedLinear(pack(weight))

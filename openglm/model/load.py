@@ -15,25 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from openglm.model.checkpoint import CheckpointMeta, read_config, verify_manifest
-from openglm.model.linear import QuantEmbedding, QuantLinear
+from openglm.model.linear import PackedEmbedding, PackedLinear, QuantEmbedding, quantised_linear
 from openglm.model.opened import OpenedModel, open_model
 from openglm.model.transformer import Transformer
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
 __all__ = ["build_transformer", "load_checkpoint", "load_weights", "weight_bytes"]
 
 
 def load_weights(
-    opened: OpenedModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    opened: OpenedModel,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Transformer:
     """The model with its weights on `device`; floating-point ones in `dtype`, default as stored.
 
-    Quantised matrices stay as they are and compute in the dtype of their activations. Raises ValueError for a damaged
-    file and for a tensor that does not fit the config.
+    Quantised matrices stay as they are and compute in the dtype of their activations. packed: on a CPU they are put
+    into the order that the native library reads, where there is one. Raises ValueError for a damaged file and for a
+    tensor that does not fit the config.
     """
     if opened.family == "openglm":
         verify_manifest(opened.path)
-    return build_transformer(opened, device, dtype)
+    return build_transformer(opened, device, dtype, packed)
 
 
 def load_checkpoint(
@@ -46,7 +50,10 @@ def load_checkpoint(
 
 
 def build_transformer(
-    opened: OpenedModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    opened: OpenedModel,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Transformer:
     """`load_weights` of a checkpoint that need not be checked against a manifest."""
     model = Transformer(opened.config, device="meta")
@@ -61,7 +68,7 @@ def build_transformer(
             )
         if computes is None and isinstance(weight, Tensor):
             computes = weight.dtype
-        _put(model, name, weight, torch.device(device), dtype, computes or torch.float32)
+        _put(model, name, weight, torch.device(device), dtype, computes or torch.float32, packed)
     if expected:
         raise ValueError(f"{opened.path} lacks {sorted(expected)[0]} and {len(expected) - 1} more: fetch it again")
     if opened.kv_prefix is not None:
@@ -69,25 +76,25 @@ def build_transformer(
     return model.requires_grad_(False).eval()
 
 
-def _ahead(opened: OpenedModel) -> Iterator[tuple[str, Weight]]:
+def _ahead(opened: OpenedModel) -> Iterator[tuple[str, Weight | QuantParts]]:
     """`opened.weights()`, with the next ones being read and unpacked meanwhile on all cores, one thread each."""
     names = list(opened.names())
     n_workers, n_threads = min(4, os.cpu_count() or 1), torch.get_num_threads()
     try:
         with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            waiting: deque[Future[Weight]] = deque()
+            waiting: deque[Future[Weight | QuantParts]] = deque()
             asked = iter(names)
             for name in names:
                 while len(waiting) <= n_workers and (following := next(asked, None)) is not None:
-                    waiting.append(pool.submit(opened.get, following))
+                    waiting.append(pool.submit(opened.get_parts, following))
                 yield name, waiting.popleft().result()
     finally:
         torch.set_num_threads(n_threads)
 
 
 def _put(
-    model: Transformer, name: str, weight: Weight, device: torch.device, dtype: torch.dtype | None,
-    computes: torch.dtype,
+    model: Transformer, name: str, weight: Weight | QuantParts, device: torch.device, dtype: torch.dtype | None,
+    computes: torch.dtype, packed: bool,
 ) -> None:  # fmt: skip
     """Set one parameter, or put a quantised layer in place of its module."""
     path, _, leaf = name.rpartition(".")
@@ -95,26 +102,31 @@ def _put(
     parent = model.get_submodule(parent_path)
     module = getattr(parent, child)
     if isinstance(weight, Tensor):
-        if isinstance(module, QuantLinear):  # its bias, which comes after the matrix
-            module.bias = nn.Parameter(weight.to(device, dtype), requires_grad=False)
-            return
         setattr(module, leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
         return
-    assert isinstance(weight, QuantTensor) and leaf == "weight"
-    weight = QuantTensor(
-        weight.q.to(device), weight.scale.to(device), None if weight.minimum is None else weight.minimum.to(device)
-    )
+    assert leaf == "weight"
+    weight = weight.to(device)
     if isinstance(module, nn.Embedding):
-        setattr(parent, child, QuantEmbedding(weight, computes))
-        if model.config.tie_embeddings:
-            model.head = QuantLinear(weight)
+        assert isinstance(weight, QuantTensor)
+        _put_embedding(model, weight, computes, packed)
         return
-    setattr(parent, child, QuantLinear(weight))
+    gated = child == "up" and model.config.mlp != "gelu"
+    setattr(parent, child, quantised_linear(weight, packed, model.config.ffn_dim if gated else None))
+
+
+def _put_embedding(model: Transformer, weight: QuantTensor, computes: torch.dtype, packed: bool) -> None:
+    """The table and, where it is tied to it, the head, which share their memory."""
+    head = quantised_linear(weight, packed)
+    model.embed = PackedEmbedding(head.matrix, computes) if isinstance(head, PackedLinear) else QuantEmbedding(weight, computes)  # fmt: skip
+    if model.config.tie_embeddings:
+        model.head = head
 
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of all parameters and quantised matrices, shared ones counted once."""
     seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    matrices = [m.matrix for m in model.modules() if isinstance(m, (PackedLinear, PackedEmbedding))]
+    packed = [t for m in matrices for t in (m.data, m.scale, m.minimum) if t is not None]
+    for tensor in [*model.parameters(), *model.buffers(), *packed]:
         seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
     return sum(seen.values())

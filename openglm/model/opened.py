@@ -23,8 +23,8 @@ from openglm.model.released import KNOWN, ignorable, read_json, released_config,
 from openglm.model.sat import SatSource, find_shards
 from openglm.model.sources import FileSource, Source, describe, dtype_name, open_files, read_thudm_quant
 from openglm.model.transformer import Transformer
-from openglm.model.weights import FAMILIES, Family, import_weight, names_of
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.model.weights import FAMILIES, Family, import_parts, names_of
+from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
 __all__ = ["OpenedModel", "QuantisedSource", "open_model"]
 
@@ -59,13 +59,27 @@ class OpenedModel:
 
     def get(self, name: str) -> Weight:
         """One weight by our name."""
+        weight = self.get_parts(name)
+        return weight.dequantise(torch.bfloat16) if isinstance(weight, QuantParts) else weight
+
+    def get_parts(self, name: str) -> Weight | QuantParts:
+        """`get`, with quantised parts of different forms left as they are."""
         theirs = self.names()[name]
-        return self._weight(name, theirs)
+        parts = []
+        for part in theirs:
+            try:
+                parts.append(self.source.get(part))
+            except KeyError:
+                raise ValueError(f"{self.path} lacks the tensor {part}: fetch it again") from None
+        weight = parts[0] if self.table is None else import_parts(self.table, self.config, name, parts)
+        if self.change is None:
+            return weight
+        return self.change(name, weight.dequantise(torch.bfloat16) if isinstance(weight, QuantParts) else weight)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """(our name, weight) of every tensor, read one at a time."""
-        for name, theirs in self.names().items():
-            yield name, self._weight(name, theirs)
+        for name in self.names():
+            yield name, self.get(name)
 
     def stored(self) -> Iterator[tuple[str, str, int]]:
         """(our name, type as the files name it, bytes) of everything that is stored, from the headers alone."""
@@ -73,16 +87,6 @@ class OpenedModel:
             for part in theirs:
                 for kind, n_bytes in self.source.stored(part):
                     yield name, kind, n_bytes
-
-    def _weight(self, name: str, theirs: tuple[str, ...]) -> Weight:
-        parts = []
-        for part in theirs:
-            try:
-                parts.append(self.source.get(part))
-            except KeyError:
-                raise ValueError(f"{self.path} lacks the tensor {part}: fetch it again") from None
-        weight = parts[0] if self.table is None else import_weight(self.table, self.config, name, parts)
-        return weight if self.change is None else self.change(name, weight)
 
 
 @lru_cache(maxsize=8)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
-__all__ = ["FAMILIES", "Family", "export_weights", "head_order", "import_weight", "import_weights", "names_of"]
+__all__ = [
+    "FAMILIES", "Family", "export_weights", "head_order", "import_parts", "import_weight", "import_weights", "names_of",
+]  # fmt: skip
 
 Rotary = Literal["half", "adjacent", "half_per_axis"]
 
@@ -91,6 +93,12 @@ def import_weights(
 
 def import_weight(family: Family, config: GLMConfig, ours: str, parts: list[Weight]) -> Weight:
     """Our tensor `ours` from the parts of theirs that `names_of` lists. ValueError for a wrong number of rows."""
+    weight = import_parts(family, config, ours, parts)
+    return weight.dequantise(torch.bfloat16) if isinstance(weight, QuantParts) else weight
+
+
+def import_parts(family: Family, config: GLMConfig, ours: str, parts: list[Weight]) -> Weight | QuantParts:
+    """`import_weight` that leaves quantised parts of different forms as they are."""
     order = _row_order(family, config, ours)
     weight = _joined(parts)
     if order is not None and len(order) != weight.shape[0]:  # fewer would be taken without a word
@@ -122,16 +130,21 @@ def names_of(family: Family, config: GLMConfig) -> dict[str, tuple[str, ...]]:
     return dict(_pairs(family, config))
 
 
-def _joined(parts: list[Weight]) -> Weight:
+def _joined(parts: list[Weight]) -> Weight | QuantParts:
     if len(parts) == 1:
         return parts[0]
-    if QuantTensor.alike(parts):
-        return QuantTensor.cat([p for p in parts if isinstance(p, QuantTensor)])
+    quantised = tuple(p for p in parts if isinstance(p, QuantTensor))
+    if len(quantised) == len(parts):
+        return QuantTensor.cat(quantised) if QuantTensor.alike(parts) else QuantParts(quantised)
     return torch.cat([p.dequantise(torch.bfloat16) if isinstance(p, QuantTensor) else p for p in parts])
 
 
-def _take_rows(weight: Weight, rows: Tensor | slice) -> Weight:
-    return weight.take_rows(rows) if isinstance(weight, QuantTensor) else weight[rows]
+@overload
+def _take_rows(weight: Weight, rows: Tensor | slice) -> Weight: ...
+@overload
+def _take_rows(weight: Weight | QuantParts, rows: Tensor) -> Weight | QuantParts: ...
+def _take_rows(weight: Weight | QuantParts, rows: Any) -> Weight | QuantParts:
+    return weight[rows] if isinstance(weight, Tensor) else weight.take_rows(rows)
 
 
 def _pairs(family: Family, config: GLMConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

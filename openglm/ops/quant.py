@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QuantTensor", "Weight", "pack_int4", "unpack_int4"]
+__all__ = ["QuantParts", "QuantTensor", "Weight", "pack_int4", "unpack_int4"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class QuantTensor:
             grouped.mul_(scale)
         return grouped.flatten(1).to(dtype)
 
+    def to(self, device: torch.device | str) -> QuantTensor:
+        minimum = None if self.minimum is None else self.minimum.to(device)
+        return QuantTensor(self.q.to(device), self.scale.to(device), minimum)
+
     def take_rows(self, index: Tensor | slice) -> QuantTensor:
         minimum = None if self.minimum is None else self.minimum[index]
         return QuantTensor(self.q[index], self.scale[index], minimum)
@@ -85,6 +89,34 @@ class QuantTensor:
             (p.bits, p.group_size, p.minimum is None) if isinstance(p, QuantTensor) else None for p in parts
         }  # fmt: skip
         return len(forms) == 1 and None not in forms
+
+
+@dataclass(frozen=True)
+class QuantParts:
+    """Quantised matrices of different forms below each other, as files that mix types hold a fused projection."""
+
+    parts: tuple[QuantTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(p.shape[0] for p in self.parts), self.parts[0].columns
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), as `QuantTensor.dequantise`."""
+        return torch.cat([p.dequantise(dtype) for p in self.parts])
+
+    def to(self, device: torch.device | str) -> QuantParts:
+        return QuantParts(tuple(p.to(device) for p in self.parts))
+
+    def take_rows(self, index: Tensor) -> QuantParts:
+        """Rows of an order that keeps each part together."""
+        found, first = [], 0
+        for part in self.parts:
+            inside = index[first : first + part.shape[0]] - first
+            assert int(inside.min()) >= 0 and int(inside.max()) < part.shape[0], "rows cross from part to part"
+            found.append(part.take_rows(inside))
+            first += part.shape[0]
+        return QuantParts(tuple(found))
 
 
 Weight = Tensor | QuantTensor  # a tensor of a checkpoint

@@ -1,0 +1,293 @@
+// One forward pass of a decoder over a ragged batch, from token ids to logits: one call a step, all threads inside it.
+//
+// Few tokens (decoding): every thread normalises and quantises them for itself, which costs less than a barrier. Many
+// tokens (prefill): threads share that work. The arithmetic is the same in both.
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "openglm.h"
+#include "threads.h"
+
+namespace openglm {
+
+const OgKernels *kernels(); // dispatch.cpp
+
+namespace {
+
+const int64_t FEW = 4;
+
+struct Buffer { // grows, is never cleared; lines of the cache are not shared with others
+  std::unique_ptr<char[]> memory;
+  size_t size = 0;
+  template <class T> T *get(int64_t n) {
+    size_t wanted = n * sizeof(T) + 128;
+    if (wanted > size) {
+      memory.reset(new char[wanted]);
+      size = wanted;
+    }
+    return (T *)(((uintptr_t)memory.get() + 63) / 64 * 64);
+  }
+};
+
+struct Quantised { // activations of one input, with their memory
+  Buffer q, scale, sums, sums32;
+  OgActivations of(int64_t tokens, int64_t columns) {
+    int64_t blocks = (columns + 31) / 32, n = tokens * blocks;
+    return {q.get<int8_t>(n * 32), scale.get<float>(n), sums.get<int32_t>(2 * n), sums32.get<float>(n), blocks};
+  }
+};
+
+struct Mine { // what each thread has for itself
+  Buffer x, scratch, gate;
+  Quantised activations;
+};
+
+struct Workspace {
+  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide;
+  Quantised activations, activations_ffn;
+  std::vector<Mine> mine;
+  std::vector<OgTile> tiles;
+};
+
+bool wants_bytes(const OgLinear &l) {
+  for (int i = 0; i < l.n_parts; i++)
+    if (l.parts[i].kind <= OG_INT8) return true;
+  return false;
+}
+
+bool wants_floats(const OgLinear &l) {
+  for (int i = 0; i < l.n_parts; i++)
+    if (l.parts[i].kind > OG_INT8) return true;
+  return false;
+}
+
+struct Pass {
+  const OgModel &m;
+  const OgPool &pool;
+  const OgBatch &b;
+  Workspace &w;
+  const OgKernels &k;
+  const int threads;
+  const int64_t T, D;
+
+  struct Input { // of a linear map: floats and their quantised form, as far as they are wanted
+    const float *x;
+    OgActivations q;
+  };
+
+  // Tokens that this thread prepares: all of few ones, else its share.
+  std::pair<int64_t, int64_t> share(int thread, int64_t n) const {
+    if (n <= FEW) return {0, n};
+    return {n * thread / threads, n * (thread + 1) / threads};
+  }
+
+  // Norm (where there is one) and quantisation of `n` rows; ends with a barrier if threads share the work. The floats
+  // are private for few tokens, as they are for all when the next map and the residual do not need them.
+  Input prepare(int thread, const float *from, int64_t columns, int64_t n, const OgNorm *norm, const OgLinear &to) {
+    Mine &mine = w.mine[thread];
+    bool few = n <= FEW;
+    Input in;
+    in.q = few ? mine.activations.of(n, columns) : w.activations.of(n, columns);
+    float *x = !norm ? nullptr : few ? mine.x.get<float>(n * columns) : w.x.get<float>(n * columns);
+    in.x = norm ? x : from;
+    auto [first, last] = share(thread, n);
+    for (int64_t t = first; t < last; t++) {
+      if (norm) k.norm(from + t * columns, norm, m.layer_norm, m.norm_eps, columns, x + t * columns);
+      if (wants_bytes(to)) k.quantise(in.x + t * columns, columns, t, &in.q, 0);
+    }
+    if (!few) barrier();
+    return in;
+  }
+
+  // y = x W^T + bias, rows dealt out to the threads as they come; ends with a barrier.
+  void linear(const OgLinear &l, const Input &in, int64_t columns, int64_t n, const float *residual, float alpha,
+              float *out, int64_t out_stride) {
+    int64_t rows = 0;
+    for (int i = 0; i < l.n_parts; i++) rows += l.parts[i].rows;
+    const int64_t step = (rows / (threads * 8) + 16) / 16 * 16;
+    int64_t next = take(1), before = 0, offset = 0;
+    for (int i = 0; i < l.n_parts; i++) {
+      const OgMatrix &part = l.parts[i];
+      int64_t chunks = (part.rows + step - 1) / step;
+      for (; next < before + chunks; next = take(1)) {
+        int64_t row = (next - before) * step, end = std::min(row + step, part.rows);
+        k.product(&part, &in.q, in.x, columns, n, row, end, l.bias ? l.bias + offset : nullptr,
+                  residual ? residual + offset : nullptr, D, alpha, out + offset + row, out_stride);
+      }
+      before += chunks;
+      offset += part.rows;
+    }
+    barrier();
+  }
+
+  void embed(int thread) {
+    const int64_t half = (int64_t)m.axes * m.n_frequencies;
+    float *h = w.h.get<float>(T * D), *c = w.cosines.get<float>(T * half), *s = w.sines.get<float>(T * half);
+    float *row = w.mine[thread].x.get<float>(FEW * D);
+    for (int64_t t = T * thread / threads; t < T * (thread + 1) / threads; t++) {
+      k.gather(&m.embed, b.ids[t], h + t * D);
+      const OgMatrix *learned[2] = {&m.embed_position, &m.embed_block};
+      for (int axis = 0; axis < 2 && learned[axis]->data; axis++) {
+        k.gather(learned[axis], b.positions[axis * (int64_t)b.n_tokens + t], row);
+        for (int64_t d = 0; d < D; d++) h[t * D + d] += row[d];
+      }
+      for (int axis = 0; axis < m.axes; axis++)
+        for (int64_t i = 0; i < m.n_frequencies; i++) {
+          float angle = (float)b.positions[axis * (int64_t)b.n_tokens + t] * m.inv_freq[i];
+          c[t * half + axis * m.n_frequencies + i] = cosf(angle) * m.rope_scale;
+          s[t * half + axis * m.n_frequencies + i] = sinf(angle) * m.rope_scale;
+        }
+    }
+    barrier();
+  }
+
+  // Rotates what belongs to one key-value head of a token and stores its key and value.
+  void enter(int64_t layer, const OgChunk &chunk, int64_t i, int64_t token, int64_t g, float *qkv) {
+    const int64_t hd = m.head_dim, half = (int64_t)m.axes * m.n_frequencies, group = m.n_heads / m.n_kv_heads;
+    const float *c = w.cosines.get<float>(0) + token * half, *s = w.sines.get<float>(0) + token * half;
+    float *key = qkv + (m.n_heads + g) * hd, *value = qkv + (m.n_heads + m.n_kv_heads + g) * hd;
+    if (half) {
+      for (int64_t j = g * group; j < (g + 1) * group; j++) k.rotate(qkv + j * hd, c, s, half);
+      k.rotate(key, c, s, half);
+    }
+    int64_t at = chunk.start + i;
+    k.store_kv(&pool, layer, m.n_kv_heads, hd, g, chunk.pages[at / pool.page_size], at % pool.page_size, key, value);
+  }
+
+  void attend(int thread, int64_t layer, float *qkv, float *out) {
+    const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G;
+    const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
+    const bool single = b.n_chunks == b.n_tokens; // one token of each sequence: nobody waits for another's key
+    if (!single) {
+      for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens)
+        for (int64_t i = 0; i < b.chunks[c].n_tokens; i++)
+          if ((token + i) % threads == thread)
+            for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
+      barrier();
+    }
+    const int64_t per_tile = std::max<int64_t>(1, OG_TILE_ROWS / group), rows = per_tile * group;
+    float *scratch = w.mine[thread].scratch.get<float>(rows * (2 * hd + OG_KEY_BLOCK + 6));
+    int64_t next = take(1), before = 0;
+    for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens) {
+      const OgChunk &chunk = b.chunks[c];
+      const int64_t tiles = (chunk.n_tokens + per_tile - 1) / per_tile * G;
+      for (; next < before + tiles; next = take(1)) {
+        int64_t g = (next - before) % G, first = (next - before) / G * per_tile;
+        float *q = qkv + token * qkv_dim;
+        if (single) enter(layer, chunk, 0, token, g, q);
+        OgTile tile = {&pool, &chunk, layer, G, g, group, hd, first, std::min(per_tile, chunk.n_tokens - first),
+                       q, out + token * out_dim, qkv_dim, out_dim};
+        k.attend(&tile, scratch);
+      }
+      before += tiles;
+    }
+    barrier();
+  }
+
+  // The MLP's middle, a strip of its columns at a time: gate and up product, activation, quantisation for `down`.
+  Input middle(int thread, const OgLayer &layer, const Input &in) {
+    const int64_t F = m.ffn_dim, n_up = layer.up.n_parts;
+    const bool bytes = wants_bytes(layer.down), floats = wants_floats(layer.down);
+    Input result = {floats ? w.middle.get<float>(T * F) : nullptr, w.activations_ffn.of(T, F)};
+    int64_t step = (F / (threads * 8) + 32) / 32 * 32;
+    step = std::max<int64_t>(32, std::min(step, 32768 / T / 32 * 32));
+    float *gate = w.mine[thread].gate.get<float>(2 * T * step), *up = n_up == 2 ? gate + T * step : nullptr;
+    for (int64_t at = take(1) * step; at < F; at = take(1) * step) {
+      int64_t n = std::min(step, F - at);
+      for (int64_t i = 0; i < n_up; i++)
+        k.product(&layer.up.parts[i], &in.q, in.x, D, T, at, at + n, layer.up.bias ? layer.up.bias + i * F : nullptr,
+                  nullptr, 0, 0.0f, i ? up : gate, step);
+      for (int64_t t = 0; t < T; t++) {
+        float *g = gate + t * step;
+        k.activate(m.mlp, g, up ? up + t * step : nullptr, n, g);
+        if (bytes) k.quantise(g, n, t, &result.q, at / 32);
+        if (floats) memcpy((float *)result.x + t * F + at, g, n * sizeof(float));
+      }
+    }
+    barrier();
+    return result;
+  }
+
+  // h = alpha * (x or h) + post_norm(map(in))
+  void close(int thread, const OgLinear &map, const Input &in, int64_t columns, const float *x, const OgNorm &post) {
+    float *h = w.h.get<float>(0);
+    if (!post.weight) {
+      linear(map, in, columns, T, m.normed_residual ? x : h, m.normed_residual ? m.alpha : 1.0f, h, D);
+      return;
+    }
+    float *y = w.y.get<float>(T * D), *row = w.mine[thread].x.get<float>(FEW * D);
+    linear(map, in, columns, T, nullptr, 0.0f, y, D);
+    for (int64_t t = T * thread / threads; t < T * (thread + 1) / threads; t++) {
+      k.norm(y + t * D, &post, m.layer_norm, m.norm_eps, D, row);
+      for (int64_t d = 0; d < D; d++) h[t * D + d] += row[d];
+    }
+    barrier();
+  }
+
+  void run(int thread) {
+    const int64_t H = m.n_heads * (int64_t)m.head_dim, qkv_dim = H + 2 * m.n_kv_heads * (int64_t)m.head_dim;
+    embed(thread);
+    float *h = w.h.get<float>(0), *qkv = w.qkv.get<float>(T * qkv_dim), *attended = w.attended.get<float>(T * H);
+    for (int64_t i = 0; i < m.n_layers; i++) {
+      const OgLayer &layer = m.layers[i];
+      Input in = prepare(thread, h, D, T, &layer.norm1, layer.qkv);
+      const float *x = in.x; // a normed residual wants it again: `prepare` without a norm leaves its buffer alone
+      linear(layer.qkv, in, D, T, nullptr, 0.0f, qkv, qkv_dim);
+      attend(thread, i, qkv, attended);
+      close(thread, layer.out, prepare(thread, attended, H, T, nullptr, layer.out), H, x, layer.post_norm1);
+      in = prepare(thread, h, D, T, &layer.norm2, layer.up);
+      x = in.x;
+      Input mid = middle(thread, layer, in);
+      close(thread, layer.down, mid, m.ffn_dim, x, layer.post_norm2);
+    }
+    finish(thread);
+  }
+
+  void finish(int thread) {
+    const int64_t n = b.n_outputs;
+    if (!n) return;
+    float *h = w.h.get<float>(0), *rows = w.wide.get<float>(n * D);
+    if (thread == 0)
+      for (int64_t i = 0; i < n; i++) memcpy(rows + i * D, h + b.outputs[i] * D, D * sizeof(float));
+    barrier();
+    linear(m.head, prepare(thread, rows, D, n, &m.norm, m.head), D, n, nullptr, 0.0f, b.logits, m.vocab_size);
+  }
+};
+
+// Memory is taken before the threads start: they only ask for what is there.
+void reserve(const Pass &p, Workspace &w) {
+  const OgModel &m = p.m;
+  const int64_t T = p.T, H = (int64_t)m.n_heads * m.head_dim, half = (int64_t)m.axes * m.n_frequencies;
+  const int64_t n = std::max<int64_t>(T, p.b.n_outputs), widest = std::max(p.D, H);
+  const int64_t group = m.n_heads / m.n_kv_heads, rows = std::max<int64_t>(OG_TILE_ROWS, group);
+  w.mine.resize(p.threads);
+  for (Mine &mine : w.mine) {
+    mine.x.get<float>(FEW * p.D);
+    mine.activations.of(FEW, widest);
+    mine.scratch.get<float>(rows * (2 * m.head_dim + OG_KEY_BLOCK + 6));
+    mine.gate.get<float>(2 * std::max(T * 32, T * ((int64_t)m.ffn_dim / (p.threads * 8) / 32 + 1) * 32));
+  }
+  w.h.get<float>(T * p.D), w.x.get<float>(n * p.D), w.y.get<float>(T * p.D), w.wide.get<float>(n * p.D);
+  w.qkv.get<float>(T * (H + 2 * (int64_t)m.n_kv_heads * m.head_dim)), w.attended.get<float>(T * H);
+  w.cosines.get<float>(T * half), w.sines.get<float>(T * half);
+  w.activations.of(n, widest), w.activations_ffn.of(T, m.ffn_dim);
+  for (int64_t i = 0; i < m.n_layers; i++)
+    if (wants_floats(m.layers[i].down)) w.middle.get<float>(T * m.ffn_dim);
+}
+
+} // namespace
+} // namespace openglm
+
+OG_API void *og_workspace_new() { return new openglm::Workspace; }
+OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
+
+OG_API void og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
+  using namespace openglm;
+  Pass pass = {*model, *pool, *batch, *(Workspace *)workspace, *kernels(), n_threads(), batch->n_tokens, model->dim};
+  reserve(pass, pass.w);
+  parallel([&](int thread) { pass.run(thread); });
+}

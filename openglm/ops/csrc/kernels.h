@@ -1,0 +1,358 @@
+// The kernels, written once over the vectors of simd.h. `Table<S>()` gives them for one instruction set.
+//
+// Every output element is computed in an order that depends on its own row and token alone, never on how many tokens
+// or rows are computed beside it: results do not depend on company.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---------------------------------------------------------------- rows of activations
+
+template <class S> typename S::F exponential(typename S::F x) { // relative error below 2e-7, no infinities
+  x = S::min(S::max(x, S::set(-87.3f)), S::set(88.0f));
+  typename S::F n = S::round(S::mul(x, S::set(1.44269504f)));
+  typename S::F r = S::fma(n, S::set(-0.693145752f), x);
+  r = S::fma(n, S::set(-1.42860677e-6f), r);
+  typename S::F y = S::set(1.0f / 720);
+  const float taylor[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : taylor) y = S::fma(y, r, S::set(c));
+  return S::mul(y, S::pow2(n));
+}
+
+template <class S>
+void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out, int64_t first_block) {
+  const int V = 32 / S::lanes;
+  for (int64_t b = 0; b * 32 < n; b++) {
+    int64_t at = token * out->blocks + first_block + b;
+    float tail[32];
+    const float *from = x + b * 32;
+    if (n - b * 32 < 32) {
+      memset(tail, 0, sizeof tail);
+      memcpy(tail, from, (n - b * 32) * sizeof(float));
+      from = tail;
+    }
+    typename S::F v[V], top = S::zero(), odd = S::zero();
+    for (int i = 0; i < V; i++) {
+      v[i] = S::load(from + i * S::lanes);
+      top = S::max(top, S::abs(v[i]));
+      odd = S::add(odd, S::sub(v[i], v[i])); // not zero for NaN and infinities, which must not get lost
+    }
+    float largest = S::top(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    int8_t *q = out->q + at * 32;
+    for (int i = 0; i < V; i++) S::to_s8(q + i * S::lanes, S::mul(v[i], S::set(inverse)));
+    int32_t sums[2] = {0, 0};
+    for (int i = 0; i < 32; i++) sums[i / 16] += q[i];
+    out->scale[at] = largest / 127.0f + S::sum(odd);
+    out->sums[2 * at] = sums[0];
+    out->sums[2 * at + 1] = sums[1];
+    out->sums32[at] = out->scale[at] * (float)(sums[0] + sums[1]);
+  }
+}
+
+template <class S> void norm(const float *x, const OgNorm *w, int32_t layer_norm, float eps, int64_t n, float *out) {
+  int64_t whole = n / S::lanes * S::lanes;
+  float mean = 0.0f;
+  if (layer_norm) {
+    typename S::F sum = S::zero();
+    for (int64_t i = 0; i < whole; i += S::lanes) sum = S::add(sum, S::load(x + i));
+    mean = S::sum(sum);
+    for (int64_t i = whole; i < n; i++) mean += x[i];
+    mean /= (float)n;
+  }
+  typename S::F squares = S::zero();
+  for (int64_t i = 0; i < whole; i += S::lanes) {
+    typename S::F d = S::sub(S::load(x + i), S::set(mean));
+    squares = S::fma(d, d, squares);
+  }
+  float total = S::sum(squares);
+  for (int64_t i = whole; i < n; i++) total += (x[i] - mean) * (x[i] - mean);
+  float factor = 1.0f / sqrtf(total / (float)n + eps);
+  for (int64_t i = 0; i < whole; i += S::lanes) {
+    typename S::F y = S::mul(S::mul(S::sub(S::load(x + i), S::set(mean)), S::set(factor)), S::load(w->weight + i));
+    S::store(out + i, w->bias ? S::add(y, S::load(w->bias + i)) : y);
+  }
+  for (int64_t i = whole; i < n; i++) out[i] = (x[i] - mean) * factor * w->weight[i] + (w->bias ? w->bias[i] : 0.0f);
+}
+
+template <class S> void activate(int32_t mlp, const float *gate, const float *up, int64_t n, float *out) {
+  if (mlp == OG_GEGLU) { // the exact one, with erf
+    for (int64_t i = 0; i < n; i++) out[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.70710678f)) * up[i];
+    return;
+  }
+  for (int64_t i = 0; i < n; i += S::lanes) {
+    float edge[3][S::lanes];
+    bool cut = n - i < S::lanes;
+    if (cut) {
+      memcpy(edge[0], gate + i, (n - i) * sizeof(float));
+      if (up) memcpy(edge[1], up + i, (n - i) * sizeof(float));
+      for (int64_t j = n - i; j < S::lanes; j++) edge[0][j] = edge[1][j] = 0.0f;
+    }
+    typename S::F g = S::load(cut ? edge[0] : gate + i), inner = g;
+    if (mlp == OG_GELU_TANH) { // g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3))) is the tanh form
+      inner = S::fma(S::mul(S::mul(g, g), g), S::set(0.044715f), g);
+      inner = S::mul(inner, S::set(1.59576912f));
+    }
+    typename S::F y = S::div(g, S::add(S::set(1.0f), exponential<S>(S::sub(S::zero(), inner))));
+    if (mlp == OG_SWIGLU) y = S::mul(y, S::load(cut ? edge[1] : up + i));
+    S::store(cut ? edge[2] : out + i, y);
+    if (cut) memcpy(out + i, edge[2], (n - i) * sizeof(float));
+  }
+}
+
+template <class S> void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
+  int64_t i = 0;
+  for (; i + S::lanes <= half; i += S::lanes) {
+    typename S::F a = S::load(x + i), b = S::load(x + half + i), c = S::load(cosines + i), s = S::load(sines + i);
+    S::store(x + i, S::sub(S::mul(a, c), S::mul(b, s)));
+    S::store(x + half + i, S::add(S::mul(b, c), S::mul(a, s)));
+  }
+  for (; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[half + i] = b * cosines[i] + a * sines[i];
+  }
+}
+
+// ---------------------------------------------------------------- products with quantised weights
+
+// One block of rows with `MT` tokens. Weights of 32 columns are unpacked once for all tokens.
+template <class S, int KIND, bool G16, bool MIN, int MT>
+void quantised_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, int64_t token,
+                    typename S::F *acc) {
+  typedef typename S::F F;
+  typedef typename S::I I;
+  typedef typename S::B B;
+  const int R = S::lanes;
+  const int bytes = KIND == OG_INT4 ? 16 * R : KIND == OG_INT6 ? 24 * R : 32 * R;
+  const int64_t blocks = a->blocks, per_group = G16 ? 1 : w->group / 32;
+  const int64_t groups = G16 ? 2 * blocks : round_up(blocks, per_group) / per_group;
+  const uint8_t *q = (const uint8_t *)w->data + row_block * blocks * bytes;
+  const uint16_t *scale = w->scale + row_block * groups * R;
+  const uint16_t *minimum = MIN ? w->minimum + row_block * groups * R : nullptr;
+  const int8_t *x[MT];
+  for (int m = 0; m < MT; m++) {
+    x[m] = a->q + (token + m) * blocks * 32;
+    acc[m] = S::zero();
+  }
+  int64_t in_group = 0;
+  for (int64_t b = 0; b < blocks; b++, q += bytes) {
+    I sums[2][MT];
+    if (KIND == OG_INT4) {
+      typename S::Dot4 dots[MT];
+      for (int m = 0; m < MT; m++) dots[m] = S::dot4_zero();
+      for (int j = 0; j < 4; j++) {
+        B packed = S::bytes(q + j * 4 * R), low = S::low(packed), high = S::high(packed);
+        for (int m = 0; m < MT; m++) dots[m] = S::dot4(dots[m], low, S::four(x[m] + b * 32 + 8 * j));
+        for (int m = 0; m < MT; m++) dots[m] = S::dot4(dots[m], high, S::four(x[m] + b * 32 + 8 * j + 4));
+      }
+      for (int m = 0; m < MT; m++) sums[0][m] = S::dot4_sum(dots[m]);
+    } else {
+      for (int h = 0; h < 2; h++) {
+        for (int m = 0; m < MT; m++) sums[h][m] = S::izero();
+        if (KIND == OG_INT6) {
+          B bits = S::bytes(q + (4 + h) * 4 * R);
+          B p0 = S::bytes(q + 2 * h * 4 * R), p1 = S::bytes(q + (2 * h + 1) * 4 * R);
+          B w0 = S::template with_bits<0>(S::low(p0), bits), w1 = S::template with_bits<1>(S::high(p0), bits);
+          for (int m = 0; m < MT; m++) {
+            const int8_t *at = x[m] + b * 32 + 16 * h;
+            sums[h][m] = S::dot6(sums[h][m], w0, S::four(at), w1, S::four(at + 4));
+          }
+          B w2 = S::template with_bits<2>(S::low(p1), bits), w3 = S::template with_bits<3>(S::high(p1), bits);
+          for (int m = 0; m < MT; m++) {
+            const int8_t *at = x[m] + b * 32 + 16 * h;
+            sums[h][m] = S::dot6(sums[h][m], w2, S::four(at + 8), w3, S::four(at + 12));
+          }
+        } else {
+          for (int j = 4 * h; j < 4 * h + 4; j++) {
+            typename S::W8 values = S::w8(S::bytes(q + j * 4 * R));
+            for (int m = 0; m < MT; m++) sums[h][m] = S::dot8(sums[h][m], values, S::four(x[m] + b * 32 + 4 * j));
+          }
+        }
+      }
+      if (!G16)
+        for (int m = 0; m < MT; m++) sums[0][m] = S::iadd(sums[0][m], sums[1][m]);
+    }
+    const int32_t offset = KIND == OG_INT4 ? (MIN ? 0 : 8) : KIND == OG_INT6 ? (MIN ? 0 : 32) : S::dot8_offset;
+    F s = S::f16(scale);
+    if (G16) {
+      F s1 = S::f16(scale + R);
+      for (int m = 0; m < MT; m++) {
+        int64_t at = (token + m) * blocks + b;
+        F sa = S::set(a->scale[at]);
+        F d0 = S::to_float(S::isub(sums[0][m], offset * a->sums[2 * at]));
+        F d1 = S::to_float(S::isub(sums[1][m], offset * a->sums[2 * at + 1]));
+        acc[m] = S::fma(S::fma(s1, d1, S::mul(s, d0)), sa, acc[m]);
+      }
+      scale += 2 * R;
+      continue;
+    }
+    F lowest = S::zero();
+    if (MIN) lowest = S::f16(minimum);
+    for (int m = 0; m < MT; m++) {
+      int64_t at = (token + m) * blocks + b;
+      I sum = sums[0][m];
+      if (offset) sum = S::isub(sum, offset * (a->sums[2 * at] + a->sums[2 * at + 1]));
+      acc[m] = S::fma(S::mul(s, S::set(a->scale[at])), S::to_float(sum), acc[m]);
+      if (MIN) acc[m] = S::fma(lowest, S::set(a->sums32[at]), acc[m]);
+    }
+    if (++in_group == per_group) {
+      in_group = 0;
+      scale += R;
+      if (MIN) minimum += R;
+    }
+  }
+}
+
+struct Output { // where results go: out[t, r] = residual ? alpha * residual[t, r] + y : y
+  const float *bias, *residual;
+  int64_t residual_stride, out_stride;
+  float alpha;
+  float *out;
+  void put(int64_t token, int64_t row, int64_t column, float y) const {
+    if (bias) y += bias[row];
+    if (residual) y += alpha * residual[token * residual_stride + row];
+    out[token * out_stride + column] = y;
+  }
+};
+
+template <class S>
+void put_block(const Output &o, int64_t token, int64_t row, int64_t column, int64_t n, typename S::F y) {
+  if (n < S::lanes) {
+    float values[S::lanes];
+    S::store(values, y);
+    for (int64_t i = 0; i < n; i++) o.put(token, row + i, column + i, values[i]);
+    return;
+  }
+  if (o.bias) y = S::add(y, S::load(o.bias + row));
+  if (o.residual) y = S::fma(S::load(o.residual + token * o.residual_stride + row), S::set(o.alpha), y);
+  S::store(o.out + token * o.out_stride + column, y);
+}
+
+template <class S, int KIND, bool G16, bool MIN, int MT>
+void quantised_tokens(const OgMatrix *w, const OgActivations *a, int64_t token, int64_t row0, int64_t row1,
+                      int64_t shift, const Output &o) {
+  for (int64_t row = row0; row < row1; row += S::lanes) {
+    typename S::F acc[MT];
+    quantised_tile<S, KIND, G16, MIN, MT>(w, a, row / S::lanes, token, acc);
+    int64_t n = w->rows - row < S::lanes ? w->rows - row : S::lanes;
+    for (int m = 0; m < MT; m++) put_block<S>(o, token + m, row, row - shift, n, acc[m]);
+  }
+}
+
+template <class S, int KIND, bool G16, bool MIN, int MT>
+void quantised_rest(const OgMatrix *w, const OgActivations *a, int64_t token, int64_t n_tokens, int64_t row0,
+                    int64_t row1, int64_t shift, const Output &o) {
+  if (n_tokens == MT) quantised_tokens<S, KIND, G16, MIN, MT>(w, a, token, row0, row1, shift, o);
+  else if constexpr (MT > 1) quantised_rest<S, KIND, G16, MIN, MT - 1>(w, a, token, n_tokens, row0, row1, shift, o);
+}
+
+// Rows in strips whose weights stay in the second-level cache while all tokens pass.
+template <class S, int KIND, bool G16, bool MIN>
+void quantised_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t row0, int64_t row1,
+                       const Output &o) {
+  const int MT = S::tokens;
+  int64_t strip = 131072 / (a->blocks * 32);
+  strip = strip < 1 ? S::lanes : round_up(strip, S::lanes);
+  for (int64_t row = row0; row < row1; row += strip) {
+    int64_t end = row + strip < row1 ? row + strip : row1, token = 0;
+    for (; token + MT <= n_tokens; token += MT)
+      quantised_tokens<S, KIND, G16, MIN, MT>(w, a, token, row, end, row0, o);
+    if (token < n_tokens)
+      quantised_rest<S, KIND, G16, MIN, MT - 1>(w, a, token, n_tokens - token, row, end, row0, o);
+  }
+}
+
+// ---------------------------------------------------------------- products with plain weights, row-major
+
+template <class S> struct LoadF32 {
+  typedef float T;
+  static typename S::F vector(const float *p) { return S::load(p); }
+  static float one(float x) { return x; }
+};
+template <class S> struct LoadF16 {
+  typedef uint16_t T;
+  static typename S::F vector(const uint16_t *p) { return S::f16(p); }
+  static float one(uint16_t x) { return half_to_float(x); }
+};
+template <class S> struct LoadBF16 {
+  typedef uint16_t T;
+  static typename S::F vector(const uint16_t *p) { return S::bf16(p); }
+  static float one(uint16_t x) { return bf16_to_float(x); }
+};
+template <class S> struct LoadS8 {
+  typedef int8_t T;
+  static typename S::F vector(const int8_t *p) { return S::s8(p); }
+  static float one(int8_t x) { return (float)x; }
+};
+
+template <class S, class L, int NR, int MT>
+void plain_tile(const OgMatrix *w, const float *x, int64_t x_stride, int64_t token, int64_t row, int64_t shift,
+                const Output &o) {
+  const int64_t n = w->columns, whole = n / S::lanes * S::lanes;
+  const typename L::T *rows[NR];
+  typename S::F acc[NR][MT];
+  for (int r = 0; r < NR; r++) {
+    rows[r] = (const typename L::T *)w->data + (row + r) * n;
+    for (int m = 0; m < MT; m++) acc[r][m] = S::zero();
+  }
+  for (int64_t k = 0; k < whole; k += S::lanes) {
+    typename S::F v[MT];
+    for (int m = 0; m < MT; m++) v[m] = S::load(x + (token + m) * x_stride + k);
+    for (int r = 0; r < NR; r++) {
+      typename S::F weight = L::vector(rows[r] + k);
+      for (int m = 0; m < MT; m++) acc[r][m] = S::fma(weight, v[m], acc[r][m]);
+    }
+  }
+  for (int r = 0; r < NR; r++)
+    for (int m = 0; m < MT; m++) {
+      float y = S::sum(acc[r][m]);
+      for (int64_t k = whole; k < n; k++) y += L::one(rows[r][k]) * x[(token + m) * x_stride + k];
+      o.put(token + m, row + r, row + r - shift, y);
+    }
+}
+
+template <class S, class L, int MT>
+void plain_tokens(const OgMatrix *w, const float *x, int64_t x_stride, int64_t token, int64_t row0, int64_t row1,
+                  int64_t shift, const Output &o) {
+  const int NR = MT == 1 ? 8 : 4;
+  int64_t row = row0;
+  for (; row + NR <= row1; row += NR) plain_tile<S, L, NR, MT>(w, x, x_stride, token, row, shift, o);
+  for (; row < row1; row++) plain_tile<S, L, 1, MT>(w, x, x_stride, token, row, shift, o);
+}
+
+template <class S, class L>
+void plain_product(const OgMatrix *w, const float *x, int64_t x_stride, int64_t n_tokens, int64_t row0, int64_t row1,
+                   const Output &o) {
+  int64_t strip = 131072 / (w->columns * (int64_t)sizeof(typename L::T));
+  strip = strip < 1 ? 8 : round_up(strip, 8);
+  for (int64_t row = row0; row < row1; row += strip) {
+    int64_t end = row + strip < row1 ? row + strip : row1, token = 0;
+    for (; token + 3 <= n_tokens; token += 3) plain_tokens<S, L, 3>(w, x, x_stride, token, row, end, row0, o);
+    if (n_tokens - token == 2) plain_tokens<S, L, 2>(w, x, x_stride, token, row, end, row0, o);
+    if (n_tokens - token == 1) plain_tokens<S, L, 1>(w, x, x_stride, token, row, end, row0, o);
+  }
+}
+
+template <class S>
+void product(const OgMatrix *w, const OgActivations *a, const float *x, int64_t x_stride, int64_t n_tokens,
+             int64_t row0, int64_t row1, const float *bias, const float *residual, int64_t residual_stride,
+             float alpha, float *out, int64_t out_stride) {
+  Output o = {bias, residual, residual_stride, out_stride, alpha, out};
+  bool g16 = w->group == 16, min = w->minimum != nullptr;
+  if (w->kind == OG_INT4 && min) quantised_product<S, OG_INT4, false, true>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT4) quantised_product<S, OG_INT4, false, false>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT6 && min) quantised_product<S, OG_INT6, false, true>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT6 && g16) quantised_product<S, OG_INT6, true, false>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT6) quantised_product<S, OG_INT6, false, false>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT8 && g16) quantised_product<S, OG_INT8, true, false>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_INT8) quantised_product<S, OG_INT8, false, false>(w, a, n_tokens, row0, row1, o);
+  else if (w->kind == OG_F32) plain_product<S, LoadF32<S>>(w, x, x_stride, n_tokens, row0, row1, o);
+  else if (w->kind == OG_F16) plain_product<S, LoadF16<S>>(w, x, x_stride, n_tokens, row0, row1, o);
+  else plain_product<S, LoadBF16<S>>(w, x, x_stride, n_tokens, row0, row1, o);
+}
+
+} // namespace

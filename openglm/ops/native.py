@@ -1,0 +1,275 @@
+"""The native library: C++ kernels for CPUs (csrc/), called through ctypes on the memory of tensors.
+
+    python -c "from openglm.ops.native import describe; print(describe())"
+
+Weights are packed once (`pack`); then `forward` runs a whole pass of a decoder in one call. Activations are rounded to
+INT8, 32 columns to a scale, where a matrix is quantised; plain matrices are multiplied in float32. Everything here has
+a slower twin on PyTorch's operators, which is used where the library is not there. OPENGLM_NATIVE=0 switches it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openglm.ops.build import LIBRARY
+from openglm.ops.quant import QuantTensor
+
+__all__ = [
+    "Batch", "ChunkStruct", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct", "PackedMatrix",
+    "PoolStruct", "available", "describe", "greedy", "library", "matrix_of", "pack", "packable", "set_threads",
+    "unpack_gguf", "use_isa",
+]  # fmt: skip
+
+INT4, INT6, INT8, F32, F16, BF16 = range(6)
+KINDS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
+MLPS = {"gelu": 0, "geglu": 1, "swiglu": 2}
+
+
+class MatrixStruct(Structure):
+    _fields_ = [
+        ("kind", c_int32), ("group", c_int32), ("rows", c_int64), ("columns", c_int64),
+        ("data", c_void_p), ("scale", c_void_p), ("minimum", c_void_p),
+    ]  # fmt: skip
+
+
+class LinearStruct(Structure):
+    _fields_ = [("n_parts", c_int32), ("parts", MatrixStruct * 3), ("bias", c_void_p)]
+
+
+class NormStruct(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class LayerStruct(Structure):
+    _fields_ = [
+        *((name, NormStruct) for name in ("norm1", "norm2", "post_norm1", "post_norm2")),
+        *((name, LinearStruct) for name in ("qkv", "out", "up", "down")),
+    ]  # fmt: skip
+
+
+class ModelStruct(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in (
+            "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size",
+            "layer_norm", "normed_residual", "mlp", "axes", "n_frequencies",
+        )),
+        ("norm_eps", c_float), ("alpha", c_float), ("rope_scale", c_float), ("inv_freq", c_void_p),
+        ("embed", MatrixStruct), ("embed_position", MatrixStruct), ("embed_block", MatrixStruct),
+        ("layers", POINTER(LayerStruct)), ("norm", NormStruct), ("head", LinearStruct),
+    ]  # fmt: skip
+
+
+class PoolStruct(Structure):
+    _fields_ = [
+        ("kind", c_int32), ("page_size", c_int32), ("n_pages", c_int64), ("keys", c_void_p), ("values", c_void_p),
+        ("key_scales", c_void_p), ("value_scales", c_void_p),
+    ]  # fmt: skip
+
+
+class ChunkStruct(Structure):
+    _fields_ = [("n_tokens", c_int32), ("start", c_int32), ("n_context", c_int32), ("pages", c_void_p)]
+
+
+class Batch(Structure):
+    _fields_ = [
+        ("n_tokens", c_int32), ("n_chunks", c_int32), ("n_outputs", c_int32), ("ids", c_void_p),
+        ("positions", c_void_p), ("chunks", POINTER(ChunkStruct)), ("outputs", c_void_p), ("logits", c_void_p),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the library
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it was not built or is switched off."""
+    if os.environ.get("OPENGLM_NATIVE") == "0" or not LIBRARY.is_file():
+        return None
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+    except OSError:  # built for another machine
+        return None
+    lib.og_isa.restype = lib.og_isa_in_use.restype = ctypes.c_char_p
+    lib.og_workspace_new.restype = c_void_p
+    lib.og_workspace_free.argtypes = [c_void_p]
+    lib.og_forward.argtypes = [c_void_p] * 4
+    lib.og_pack.argtypes = [c_void_p] * 4
+    lib.og_fits_int6.argtypes = [c_void_p, c_int64]
+    lib.og_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
+    lib.og_unpack_gguf.argtypes = [ctypes.c_char_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+    lib.og_greedy.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]
+    if (wanted := os.environ.get("OPENGLM_ISA")) and not lib.og_use_isa(wanted.encode()):
+        names = ", ".join(_isas(lib))
+        raise ValueError(f"OPENGLM_ISA={wanted} does not run here: {names} do")
+    lib.og_set_threads(torch.get_num_threads())
+    return lib
+
+
+def available() -> bool:
+    return library() is not None
+
+
+def _isas(lib: ctypes.CDLL) -> list[str]:
+    names: list[str] = []
+    while name := lib.og_isa(len(names)):
+        names.append(name.decode())
+    return names
+
+
+def describe() -> dict[str, Any]:
+    """For `openglm doctor`: whether the library is there, the instruction set in use and those that run, threads."""
+    lib = library()
+    if lib is None:
+        return {"available": False}
+    isas = _isas(lib)
+    return {"available": True, "isa": lib.og_isa_in_use().decode(), "isas": isas, "threads": int(lib.og_threads())}
+
+
+def use_isa(name: str) -> None:
+    """Run that instruction set from now on. What is packed for another number of lanes must be packed again."""
+    lib = library()
+    assert lib is not None and lib.og_use_isa(name.encode()), f"{name} does not run here"
+
+
+def set_threads(n: int) -> None:
+    """Threads of every later call; torch.get_num_threads() at the start."""
+    if n < 1:
+        raise ValueError(f"threads must be at least 1, not {n}")
+    lib = library()
+    if lib is not None:
+        lib.og_set_threads(n)
+
+
+# ---------------------------------------------------------------- matrices
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A quantised matrix (rows, columns) in the order that the kernels read; see csrc/pack.cpp.
+
+    data: (n,) uint8. scale: (row blocks, groups, lanes) float16. minimum: like scale, or None.
+    """
+
+    kind: int
+    rows: int
+    columns: int
+    group: int
+    data: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+
+    def struct(self) -> MatrixStruct:
+        """Pointers into the tensors, valid as long as those live."""
+        minimum = None if self.minimum is None else self.minimum.data_ptr()
+        return MatrixStruct(
+            self.kind, self.group, self.rows, self.columns, self.data.data_ptr(), self.scale.data_ptr(), minimum
+        )
+
+    def dequantise(self, first: int = 0, n: int | None = None) -> Tensor:
+        """Rows first .. first + n as (n, columns) float32."""
+        return self._rows(None, first, self.rows - first if n is None else n)
+
+    def take(self, index: Tensor) -> Tensor:
+        """The rows of that index (n,) int64, as (n, columns) float32. Raises IndexError for one outside."""
+        if len(index) and not (0 <= int(index.min()) and int(index.max()) < self.rows):
+            raise IndexError(f"a row outside of {self.rows}")
+        return self._rows(index.contiguous(), 0, len(index))
+
+    def _rows(self, index: Tensor | None, first: int, n: int) -> Tensor:
+        lib = library()
+        assert lib is not None
+        out = torch.empty(n, self.columns)
+        pointer = None if index is None else index.data_ptr()
+        lib.og_rows(ctypes.byref(self.struct()), pointer, first, n, out.data_ptr())
+        return out
+
+
+def packable(weight: QuantTensor) -> bool:
+    """Whether the kernels know this form: groups of 16 (without a minimum), a multiple of 32 or whole rows; float16."""
+    group = weight.group_size
+    whole = group == weight.columns
+    fits = whole or group % 32 == 0 or (group == 16 and weight.bits == 8 and weight.minimum is None)
+    exact = weight.scale.dtype == torch.float16 or bool((weight.scale.half().float() == weight.scale.float()).all())
+    return available() and weight.q.device.type == "cpu" and fits and exact and not (weight.bits == 8 and weight.minimum is not None)  # fmt: skip
+
+
+def pack(weight: QuantTensor) -> PackedMatrix:
+    """A matrix that is `packable`, in memory of its own. INT8 that only uses -32 to 31 takes six bits."""
+    lib = library()
+    assert lib is not None and packable(weight)
+    rows, columns = weight.shape
+    q = weight.q.contiguous()
+    kind = INT4 if weight.bits == 4 else INT6 if lib.og_fits_int6(q.data_ptr(), q.numel()) else INT8
+    # A group that is a whole row is as wide as the padded row: the kernels count groups in blocks of 32.
+    group = weight.group_size if weight.group_size != columns else -(-columns // 32) * 32
+    lanes, n_groups = lib.og_lanes(), weight.scale.shape[1]
+    n_blocks = -(-rows // lanes)
+    n_bytes = {INT4: 16, INT6: 24, INT8: 32}[kind] * lanes * n_blocks * -(-columns // 32)
+    scale, minimum = weight.scale.half().contiguous(), None
+    shape = (n_blocks, n_groups, lanes)
+    packed = PackedMatrix(
+        kind, rows, columns, group, huge(n_bytes), torch.empty(shape, dtype=torch.float16),
+        None if weight.minimum is None else torch.empty(shape, dtype=torch.float16),
+    )  # fmt: skip
+    if weight.minimum is not None:
+        minimum = weight.minimum.half().contiguous()
+    pointer = None if minimum is None else minimum.data_ptr()
+    lib.og_pack(ctypes.byref(packed.struct()), q.data_ptr(), scale.data_ptr(), pointer)
+    return packed
+
+
+def huge(n_bytes: int) -> Tensor:
+    """(n_bytes,) uint8, on huge pages where the system gives them: fewer page table look-ups while streaming."""
+    if n_bytes < 1 << 22 or not hasattr(os, "posix_fadvise"):
+        return torch.empty(n_bytes, dtype=torch.uint8)
+    import mmap
+
+    size = -(-n_bytes // (1 << 21)) * (1 << 21)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them
+            pass
+    return torch.frombuffer(memory, dtype=torch.uint8, count=n_bytes)
+
+
+def matrix_of(weight: Tensor) -> MatrixStruct:
+    """A plain matrix (rows, columns), contiguous float32, float16 or bfloat16."""
+    assert weight.dim() == 2 and weight.is_contiguous() and weight.dtype in KINDS
+    return MatrixStruct(KINDS[weight.dtype], 0, weight.shape[0], weight.shape[1], weight.data_ptr(), None, None)
+
+
+# ---------------------------------------------------------------- smaller services
+
+
+def unpack_gguf(kind: str, blocks: Tensor, q: Tensor, scale: Tensor, minimum: Tensor | None) -> bool:
+    """Blocks of a GGUF tensor (n, bytes) uint8 into our form; False for a type that the library does not know."""
+    lib = library()
+    if lib is None:
+        return False
+    assert blocks.is_contiguous() and q.is_contiguous() and scale.is_contiguous()
+    pointer = None if minimum is None else minimum.data_ptr()
+    done = lib.og_unpack_gguf(
+        kind.encode(), blocks.data_ptr(), len(blocks), q.data_ptr(), scale.data_ptr(), pointer
+    )  # fmt: skip
+    return bool(done)
+
+
+def greedy(logits: Tensor) -> tuple[Sequence[int], Sequence[float]]:
+    """(arg-max, log of the sum of exponentials) of each row of (n, V) float32; the latter is NaN where a value is."""
+    lib = library()
+    assert lib is not None and logits.dtype == torch.float32 and logits.stride(-1) == 1
+    n = len(logits)
+    best, total = (c_int64 * n)(), (c_float * n)()
+    lib.og_greedy(logits.data_ptr(), n, logits.shape[1], logits.stride(0), best, total)
+    return list(best), list(total)
