@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from openglm.model.gguf_file import GgufFile
 from openglm.tokenizer import Tokenizer
 from openglm.tokenizer.tiktoken import Tiktoken
 from tests.conftest import TINY_TEXT
@@ -199,3 +200,37 @@ def test_an_ordinary_word_is_not_a_special() -> None:
     types = [*fields["tokenizer.ggml.token_type"], 1]
     ours = Tokenizer.from_gguf({**fields, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
     assert "[MASK]" not in ours.special_ids and ours.token_bytes(len(tokens) - 1) == b"MASK"
+
+
+@pytest.mark.parametrize("odd", [[], ["x" * 300], [""], ["two\nlines"], ["a\0b"], ["\0" * 9], ["春" * 80, "", "y"]])
+def test_string_arrays_are_what_the_library_wrote(odd: list[str], tmp_path: Path) -> None:
+    """Thousands of short strings are read in one pass, others one by one; the odd ones may be anywhere."""
+    gguf = pytest.importorskip("gguf")
+    short = [f"{'词' * (i % 5)}{i}" for i in range(10_000)]
+    for at in (0, 4095, 4096, 9_999, 10_000):
+        strings = short[:at] + odd + short[at:]
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.add_array("some.strings", strings)
+        writer.add_uint32("some.end", 7)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        fields = GgufFile(tmp_path / "m.gguf").fields
+        assert fields["some.strings"] == strings and fields["some.end"] == 7
+
+
+def test_merges_out_of_the_ids_order_are_the_librarys() -> None:
+    """tiktoken goes by ids alone: a file whose merges say otherwise must not become one."""
+    fields, _ = bpe_fields("qwen2")
+    merges = fields["tokenizer.ggml.merges"]
+    changes = {
+        "swapped": [*merges[:40], merges[41], merges[40], *merges[42:]], "short": merges[:-1],
+        "first halves": [merges[0], *merges[:-1]], "three parts": [*merges[:-1], f"{merges[-1]} x"],
+    }  # fmt: skip
+    for name, changed in changes.items():
+        try:
+            ours = Tokenizer.from_gguf({**fields, "tokenizer.ggml.merges": changed})
+        except ValueError:
+            assert name == "three parts"
+        else:
+            assert name != "three parts" and not isinstance(ours._backend, Tiktoken), name

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ VERSIONS = (2, 3)
 # Value types by number; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+RUN, RUN_BYTES = 4096, 64  # strings that are read in one pass, and bytes looked at for each
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class GgufFile:
         return self._strings(1)[0]
 
     def _strings(self, n: int) -> list[str]:
+        strings: list[str] = []
+        while (left := n - len(strings)) > 0:
+            found = self._short_strings(min(left, RUN)) if left >= RUN // 8 else None
+            strings += self._walk(min(left, RUN)) if found is None else found
+        return strings
+
+    def _walk(self, n: int) -> list[str]:
+        """The next n strings, one after another."""
         data, at, size, strings = self._map, self._at, self._size, []
         unpack: Callable[..., tuple[int]] = struct.Struct("<Q").unpack_from
         for _ in range(n):
@@ -112,6 +122,30 @@ class GgufFile:
             strings.append(data[at - length : at].decode())
         self._at = at
         return strings
+
+    def _short_strings(self, n: int) -> list[str] | None:
+        """The next n strings in one pass, if each has 1 to 255 bytes without a NUL or newline; else None.
+
+        A length is one byte and seven zeros then. Cutting at the zeros leaves that byte at the end of the piece before
+        the string; by induction from the first, the cuts are right if every piece is as long as the byte before says.
+        """
+        data = bytearray(self._map[self._at : self._at + RUN_BYTES * n])
+        pieces = data.split(bytes(7), n)
+        if len(pieces) != n + 1:
+            return None
+        places = np.cumsum(np.fromiter(map(len, pieces[:n]), np.int64, n) + 7) - 8  # of the lengths
+        view = np.frombuffer(data, np.uint8)
+        lengths = view[places].astype(np.int64)
+        end = int(places[-1] + 8 + lengths[-1])
+        if places[0] or (np.diff(places) != lengths[:-1] + 8).any() or end > len(data):
+            return None
+        view[places] = ord("\n")
+        text = data[:end].translate(None, b"\0")
+        strings = text.decode().split("\n")
+        if len(text) != n + lengths.sum() or len(strings) != n + 1:
+            return None
+        self._at += end
+        return strings[1:]
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:

@@ -7,13 +7,16 @@ are not special (such as <tool_call>) match as in the library.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice, repeat
+from operator import add, le, lt
 from typing import TYPE_CHECKING, Any
 
 from openglm.tokenizer.backend import SPECIALS, Backend, canonical_name
-from openglm.tokenizer.bytes import bytes_of_symbol, symbol_of_byte
+from openglm.tokenizer.bytes import bytes_of_symbol, bytes_of_symbols, symbol_of_byte
 from openglm.tokenizer.sentencepiece import METASPACE
 from openglm.tokenizer.tiktoken import Tiktoken
 
@@ -139,7 +142,7 @@ def gpt2_json(vocab: bytes, merges: bytes, special: Mapping[str, int]) -> JsonDi
 
 def byte_level_json(
     vocab: Mapping[str, int],
-    merges: Sequence[Sequence[str]],
+    merges: Sequence[str] | Sequence[Sequence[str]],
     splits: Sequence[str] | None,
     added: Sequence[JsonDict],
     whole_words: bool = False,
@@ -283,26 +286,53 @@ def _split_of(config: JsonDict) -> str | None:
 def _ranks_of(model: JsonDict, matched: Mapping[str, int]) -> dict[bytes, int] | None:
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None
-    vocab = {piece: i for piece, i in model["vocab"].items() if piece not in matched}
-    ranks = {_byte_level_bytes(piece): i for piece, i in vocab.items()}
+    vocab: dict[str, int] = model["vocab"]
+    if any(piece in vocab for piece in matched):
+        vocab = {piece: i for piece, i in vocab.items() if piece not in matched}
+    ranks = _table_of(vocab)
     single = [ranks.get(bytes([b]), -1) for b in range(256)]
-    merges = [m if isinstance(m, list | tuple) else m.split(" ") for m in model["merges"]]
-    last, n_made = max(single), 0
-    for a, b in merges:
-        i = vocab.get(a + b, -1)
-        if i < last or vocab.get(a, i) >= i or vocab.get(b, i) >= i:
-            return None
-        n_made += i > last
-        last = i
-    if min(single) < 0 or len(ranks) != len(vocab) or len(vocab) != 256 + n_made:
+    halves = _halves(model["merges"])
+    if halves is None or min(single) < 0 or len(ranks) != len(vocab):
         return None
-    pairs = {(a, b) for a, b in merges}
-    for a, b in merges[:: max(1, len(merges) // N_PROBES)]:
-        token = bytes_of_symbol(a + b)
-        halves = _merged(token, ranks, ranks[token])
-        if tuple("".join(map(symbol_of_byte, half)) for half in halves) not in pairs:
+    left, right = halves
+    try:  # whole columns at a time: files hold hundreds of thousands of merges
+        made = list(map(vocab.__getitem__, map(add, left, right)))
+        from_left, from_right = map(vocab.__getitem__, left), map(vocab.__getitem__, right)
+        earlier = all(map(lt, from_left, made)) and all(map(lt, from_right, made))
+    except KeyError:
+        return None
+    in_order = all(map(le, made, islice(made, 1, None))) and (not made or made[0] > max(single))
+    if not earlier or not in_order or len(vocab) != 256 + len(set(made)):
+        return None
+    for k in range(0, len(made), max(1, len(made) // N_PROBES)):
+        token = bytes_of_symbol(left[k] + right[k])
+        parts = ["".join(map(symbol_of_byte, part)) for part in _merged(token, ranks, ranks[token])]
+        merges = range(bisect_left(made, made[k]), bisect_right(made, made[k]))  # all that make this token
+        if not any(parts == [left[j], right[j]] for j in merges):
             return None
     return ranks
+
+
+def _table_of(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    """Bytes -> id of a byte-level vocabulary."""
+    try:
+        return dict(zip(bytes_of_symbols(list(vocab)), vocab.values(), strict=True))
+    except ValueError:  # an entry is not written in the alphabet
+        return {_byte_level_bytes(piece): i for piece, i in vocab.items()}
+
+
+def _halves(merges: Sequence[Any]) -> tuple[list[str], list[str]] | None:
+    """The left and the right halves of all merges, written as "a b" or as pairs; None if one is not two halves."""
+    if set(map(type, merges)) == {str}:
+        if set(map(str.count, merges, repeat(" "))) != {1}:
+            return None
+        flat = " ".join(merges).split(" ")
+    else:
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        if any(len(pair) != 2 for pair in pairs):
+            return None
+        flat = list(chain.from_iterable(pairs))
+    return flat[::2], flat[1::2]
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:

@@ -27,6 +27,7 @@ from openglm.tokenizer.sentencepiece import (
 from openglm.tokenizer.tiktoken import Tiktoken, write_ranks
 
 PREFIX = "tokenizer.ggml."
+_NAMES, _MARKED = frozenset(SPECIALS), frozenset((CONTROL, USER_DEFINED))
 
 
 class GgufTokenizer(NamedTuple):
@@ -38,24 +39,27 @@ class GgufTokenizer(NamedTuple):
 
 
 def open_gguf(fields: Mapping[str, Any]) -> GgufTokenizer:
-    """Raises ValueError, naming it, for a field that is missing or a vocabulary kind that is not read.
-    """
+    """Raises ValueError, naming it, for a field that is missing or a vocabulary kind that is not read."""
     model = _need(fields, "model")
     if model not in ("gpt2", "llama"):
         raise ValueError(f'GGUF tokenizer: {PREFIX}model is {model!r}; "gpt2" and "llama" are read')
-    tokens = [str(t) for t in _need(fields, "tokens")]
-    types = [int(t) for t in fields.get(PREFIX + "token_type") or [NORMAL] * len(tokens)]
+    tokens: list[str] = list(_need(fields, "tokens"))
+    types: list[int] = list(fields.get(PREFIX + "token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ValueError(f"GGUF tokenizer: {len(tokens)} tokens but {len(types)} token types; the file is damaged")
     # Converters fill the table up to the embedding's rows; those entries are of the type "unused".
-    n = max((i + 1 for i, kind in enumerate(types) if kind != UNUSED), default=0)
+    n = len(types)
+    while n and types[n - 1] == UNUSED:
+        n -= 1
     tokens, types = tokens[:n], types[:n]
-    types = [CONTROL if t in SPECIALS else kind for t, kind in zip(tokens, types, strict=True)]
-    special = {canonical_name(t): i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL}
+    if not _NAMES.isdisjoint(tokens):
+        types = [CONTROL if token in _NAMES else kind for token, kind in zip(tokens, types, strict=True)]
+    marked = [i for i, kind in enumerate(types) if kind in _MARKED]
+    special = {canonical_name(tokens[i]): i for i in marked if types[i] == CONTROL}
     if model == "llama":
         opened = _sentencepiece(fields, tokens, types)
     else:
-        opened = _bpe(fields, tokens, types)
+        opened = _bpe(fields, tokens, {i: types[i] == CONTROL for i in marked})
     config = opened.config
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
@@ -78,9 +82,7 @@ def _prefix_ids(fields: Mapping[str, Any], n: int, model: str) -> list[int]:
     return [int(bos)] if wanted and bos is not None and 0 <= int(bos) < n else []
 
 
-def _sentencepiece(
-    fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> GgufTokenizer:
+def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> GgufTokenizer:
     scores = [float(s) for s in _need(fields, "scores")]
     if len(scores) < len(tokens):
         raise ValueError(f"GGUF tokenizer: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
@@ -93,27 +95,25 @@ def _sentencepiece(
     return GgufTokenizer(SentencePiece(model), lambda: {"tokenizer.model": model}, {"kind": "sentencepiece"})
 
 
-def _bpe(
-    fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> GgufTokenizer:
+def _bpe(fields: Mapping[str, Any], tokens: Sequence[str], marked: Mapping[int, bool]) -> GgufTokenizer:
+    """marked: id -> whether it is a special, of the tokens that are no product of merges."""
     pre = fields.get(PREFIX + "pre") or "default"
     if pre not in GGUF_SPLITS:
         raise ValueError(f"GGUF tokenizer: unknown {PREFIX}pre {pre!r}; known are {', '.join(GGUF_SPLITS)}")
-    merges = [tuple(str(m).split(" ")) for m in _need(fields, "merges")]
-    vocab: dict[str, int] = {}
-    matched: dict[str, int] = {}
-    added = []
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind in (CONTROL, USER_DEFINED):
-            added.append(added_token(i, token, kind == CONTROL))
-            matched |= {token: i} if kind == USER_DEFINED else {}
-        else:
-            vocab[token] = i
+    merges: list[str] = list(_need(fields, "merges"))
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(vocab) == len(tokens):
+        for i in marked:
+            del vocab[tokens[i]]
+    else:  # some are there twice
+        vocab = {token: i for i, token in enumerate(tokens) if i not in marked}
+    added = [added_token(i, tokens[i], control) for i, control in marked.items()]
     config = byte_level_json(vocab, merges, GGUF_SPLITS[pre], added, pre in GGUF_WHOLE_WORDS)
     fast = tiktoken_of(config)
     if fast is not None:
         ranks, split, matched = fast
         settings: dict[str, Any] = {"kind": "tiktoken", "split": split, "matched": matched}
         return GgufTokenizer(Tiktoken(*fast), lambda: {"tokenizer.model": write_ranks(ranks)}, settings)
+    config["model"]["merges"] = [m.split(" ") for m in merges]
     content = json.dumps(config, ensure_ascii=False).encode()
     return GgufTokenizer(load_json(config).backend, lambda: {"tokenizer.json": content}, {"kind": "json"})
