@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from openglm.config import GLMConfig, RopeConfig
 from openglm.convert import convert
 from openglm.convert import plan as plan_module
 from openglm.loading import Reference, open_reference
+from openglm.model import gguf_write
 from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
 from openglm.model.init import init_weights
 from openglm.model.load import build_transformer, load_weights
@@ -207,6 +209,70 @@ def test_what_another_conversion_left_is_not_mixed_in(causal: Path, tmp_path: Pa
     found = convert(bare(causal), tmp_path / "out")
     assert not found.continued
     assert_same(open_model(causal), open_model(tmp_path / "out"))
+
+
+def _to_gguf_and_die(source: str, target: str, after: int, how: str) -> None:
+    """Convert with a note of progress behind every weight; die on the way to weight number `after`."""
+    real = gguf_write.GgufOutput.add
+
+    def counted(self: gguf_write.GgufOutput, name: str, weight: Any) -> None:
+        if len(self.done) == after:
+            self._file.write(b"half" * 999)
+            self._file.flush()
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt if how == "interrupted" else ValueError("bad")
+        real(self, name, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_write, "NOTE_BYTES", 1)
+        patch.setattr(gguf_write.GgufOutput, "add", counted)
+        convert(bare(Path(source)), target, "gguf", QuantSpec.parse("int8"))
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted", "refused"])
+def test_a_killed_gguf_continues(how: str, causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = shutil.copytree(causal, tmp_path / "model"), tmp_path / "model" / "m.gguf"
+    convert(bare(source), tmp_path / "whole.gguf", "gguf", QuantSpec.parse("int8"))
+    if how == "killed":
+        arguments = (str(source), str(target), 4, how)
+        process = multiprocessing.get_context("spawn").Process(target=_to_gguf_and_die, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    else:
+        with pytest.raises(KeyboardInterrupt if how == "interrupted" else ValueError):
+            _to_gguf_and_die(str(source), str(target), 4, how)
+    assert not target.exists()
+    read: list[str] = []
+    real = OpenedModel.get
+
+    def noted(self: OpenedModel, name: str) -> Any:
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(OpenedModel, "get", noted)
+    found = convert(bare(source), target, "gguf", QuantSpec.parse("int8"))
+    assert found.continued and len(read) == len(open_model(causal).names()) - 4 and "embed.weight" not in read
+    assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert not [p.name for p in source.iterdir() if p.name.startswith(".")], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("change", ["source", "options", "cut short"])
+def test_a_killed_gguf_of_another_conversion_starts_over(change: str, causal: Path, tmp_path: Path) -> None:
+    source, target = shutil.copytree(causal, tmp_path / "model"), tmp_path / "m.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        _to_gguf_and_die(str(source), str(target), 4, "interrupted")
+    options: dict[str, Any] = {"spec": QuantSpec.parse("int8")}
+    if change == "source":
+        os.utime(source / "model.safetensors", (1, 1))
+    elif change == "options":
+        options = {"dtype": "bfloat16"}
+    else:
+        os.truncate(tmp_path / ".m.gguf.partial", 1000)
+    assert not convert(bare(source), target, "gguf", **options).continued
+    convert(bare(source), tmp_path / "whole.gguf", "gguf", **options)
+    assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 # -------------------------------------------------------------------- refused

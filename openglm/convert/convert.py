@@ -3,7 +3,8 @@
     python -m openglm convert SRC DST --format openglm --quantize int4
 
 Weights go through one at a time, so a conversion holds the largest tensor and not the model. Stop ids, chat template,
-tokenizer and sampling defaults travel with them. A killed conversion goes on where it was: finished shards are kept.
+tokenizer and sampling defaults travel with them. A killed conversion goes on where it was: finished shards are kept,
+and what is finished of a GGUF file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from openglm.convert.plan import Plan, write_shards
 from openglm.convert.released import to_hf, to_sat
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG, MANIFEST, VERSION
+from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder, named_tensors
 from openglm.quant import QuantSpec
@@ -87,7 +89,7 @@ def convert(
     identity = {
         "format": format, "quantize": None if spec is None else asdict(spec), "dtype": dtype, "tp": tp,
         "calibration": None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "source": _fingerprint(opened.path), "adapters": [_fingerprint(folder) for folder in opened.adapters],
+        **_sources(opened),
     }  # fmt: skip
     out = OutputFolder(target, identity)
     try:
@@ -103,9 +105,14 @@ def convert(
     return Converted(Path(target), n_bytes, n_tensors, out.continued)
 
 
+def _sources(opened: OpenedModel) -> dict[str, Any]:
+    return {"source": _fingerprint(opened.path), "adapters": [_fingerprint(folder) for folder in opened.adapters]}
+
+
 def _fingerprint(path: Path) -> list[Any]:
-    """Files of a source with sizes and times, so that another source is not mixed in."""
+    """Files of a source with sizes and times, so that another source is not mixed in. Hidden files may be ours."""
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
 
@@ -148,7 +155,7 @@ def _text_files(reference: Reference) -> dict[str, bytes]:
 
 def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
     from openglm.model.gguf_tokenizer import gguf_tokenizer_fields
-    from openglm.model.gguf_write import write_gguf
+    from openglm.model.gguf_write import GgufOutput
 
     if target.suffix != ".gguf":
         raise ValueError(f"--format gguf writes one file: give a name that ends in .gguf, not {target}")
@@ -165,15 +172,14 @@ def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
     else:
         type = GGUF_TYPES[plan.dtype or torch.float16]
     plan = replace(plan, spec=None, dtype=None)  # the writer rounds to its own types
-    names = plan.opened.names()
-    weights = tqdm(
-        ((name, plan.weight(name)) for name in names), total=len(names), desc="convert", unit="tensor", delay=2,
-        leave=False,
-    )  # fmt: skip
-    fields = plan.opened.tokenizer_fields
+    opened, names = plan.opened, plan.opened.names()
+    fields = opened.tokenizer_fields
     if fields is None:
         fields = {} if reference.tokenizer is None else gguf_tokenizer_fields(reference.tokenizer)
-    write_gguf(
-        target, plan.opened.config, reference.meta, weights, fields, type, chat_template=plan.opened.chat_template
-    )
-    return Converted(target, target.stat().st_size, len(names), False)
+    identity = {"format": "gguf", "type": type, **_sources(opened)}
+    with GgufOutput(target, opened.config, reference.meta, fields, type, opened.chat_template, identity) as out:
+        for name in tqdm(names, desc="convert", unit="tensor", delay=2, leave=False):
+            if name not in out.done:
+                out.add(name, plan.weight(name))
+        out.commit()
+    return Converted(target, target.stat().st_size, len(names), out.continued)

@@ -3,18 +3,21 @@
     python -m openglm convert MODEL model.gguf --format gguf
 
 The table of tensors has one size whatever their types, so space for it is left in front of the bytes and it is written
-last: a tensor's type may depend on the weight that comes.
+last: a tensor's type may depend on the weight that comes. A killed process is gone on with after the last tensors that
+were safe on the disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, Self
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
@@ -24,13 +27,15 @@ from openglm.model.gguf_tokenizer import padded_tokens
 from openglm.model.gguf_types import TYPES, encode, kept_type
 from openglm.model.weights import export_weights, names_of
 from openglm.ops.quant import QuantTensor, Weight
+from openglm.tokenizer.tokenizer import write_file
 
-__all__ = ["FILE_TYPES", "architecture_of", "write_gguf"]
+__all__ = ["FILE_TYPES", "GgufOutput", "architecture_of", "write_gguf"]
 
 ALIGNMENT = 32
 VERSION = 3
 QUANTISATION_VERSION = 2
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers for a whole file
+NOTE_BYTES = 64 << 20  # written between two notes of progress, each of which waits for the disk
 
 
 def architecture_of(config: GLMConfig) -> str:
@@ -68,33 +73,127 @@ def write_gguf(
     type: str = "F16",
     chat_template: str | None = None,
 ) -> None:
-    """Write a model. weights: (our name, weight in our order), each once, in any order.
+    """Write a model. weights: (our name, weight in our order), each once, in any order; the rest: see `GgufOutput`."""
+    with GgufOutput(path, config, meta, tokenizer_fields, type, chat_template) as out:
+        for name, weight in weights:
+            out.add(name, weight)
+        out.commit()
 
-    type: of the matrices: F32, F16, BF16, Q8_0 or Q4_0 (then the output matrix is Q8_0). With Q8_0 and Q4_0 a weight
-    that is quantised in a form GGUF has (groups of 32) is kept bit for bit, and rows that do not split into groups
-    of 32 become F16. Norms and biases are F32.
-    Raises ValueError for a config that GGUF cannot express. An existing file is replaced when the new one is complete.
+
+class GgufOutput:
+    """A GGUF file that is written weight by weight. Used in a `with`: what was not committed is removed at its end.
+
+    identity: what is written from what and how. With it, a process that is killed or interrupted leaves its work, and
+    the next one with the same identity goes on from there. done: our names of the weights that need not come again.
     """
-    if type not in FILE_TYPES:
-        raise ValueError(f"GGUF files are written as {', '.join(FILE_TYPES)}, not {type}")
-    architecture = architecture_of(config)
-    fused_up = architecture in ("chatglm", "glm4")
-    family = family_of(architecture, fused_up=fused_up)
-    names = [name for theirs in names_of(family, config).values() for name in theirs]
-    fields = _fields(architecture, config, meta, type) | padded_tokens(tokenizer_fields, config.vocab_size)
-    if chat_template is not None:
-        fields["tokenizer.chat_template"] = chat_template
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            _write(file, fields, names, export_weights(family, config, weights), type, config.tie_embeddings)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: GLMConfig,
+        meta: CheckpointMeta,
+        tokenizer_fields: Mapping[str, Any],
+        type: str = "F16",
+        chat_template: str | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        """type: of the matrices: F32, F16, BF16, Q8_0 or Q4_0 (then the output matrix is Q8_0). With Q8_0 and Q4_0 a
+        weight that is quantised in a form GGUF has (groups of 32) is kept bit for bit, and rows that do not split into
+        groups of 32 become F16. Norms and biases are F32.
+        Raises ValueError for a config that GGUF cannot express. An existing file is replaced by `commit`.
+        """
+        if type not in FILE_TYPES:
+            raise ValueError(f"GGUF files are written as {', '.join(FILE_TYPES)}, not {type}")
+        architecture = architecture_of(config)
+        self._family = family_of(architecture, fused_up=architecture in ("chatglm", "glm4"))
+        self._config, self._type = config, type
+        names = [name for theirs in names_of(self._family, config).values() for name in theirs]
+        fields = _fields(architecture, config, meta, type) | padded_tokens(tokenizer_fields, config.vocab_size)
+        if chat_template is not None:
+            fields["tokenizer.chat_template"] = chat_template
+        header = MAGIC + struct.pack("<IQQ", VERSION, len(names), len(fields))
+        header += b"".join(_string(key) + _value(value) for key, value in fields.items())
+        # Every matrix has two dimensions, everything else one: the table's size is known before its contents.
+        table_size = sum(len(_entry(name, (0, 0) if _is_matrix(name) else (0,), 0, 0)) for name in names)
+        self._table_at, self._table_size = len(header), table_size
+        self._start = -(-(len(header) + table_size) // ALIGNMENT) * ALIGNMENT
+        self.path = Path(path)
+        kept = identity is not None
+        self._partial = self.path.with_name(f".{self.path.name}.{'partial' if kept else f'tmp-{os.getpid()}'}")
+        self._notes = self.path.with_name(f".{self.path.name}.progress")
+        digest = hashlib.sha256(header).hexdigest()
+        self._identity = json.loads(json.dumps({**identity, "header": digest})) if identity is not None else None
+        self.done: set[str] = set()
+        self._added: list[str] = []
+        self._table: dict[str, bytes] = {}
+        self._noted = self._start
+        if kept:
+            self._resume()
+        self.continued = bool(self.done)
+        self._file = open(self._partial, "r+b" if self.continued else "wb")
+        self._file.write(b"" if self.continued else header)
+        self._file.truncate(self._noted)
+        self._file.seek(self._noted)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        refused = isinstance(error, ValueError) and not self.done
+        if self._identity is None or refused:
+            self._partial.unlink(missing_ok=True)
+            self._notes.unlink(missing_ok=True)
+
+    def add(self, name: str, weight: Weight) -> None:
+        """Write one weight, by our name and in our order."""
+        for theirs, part in export_weights(self._family, self._config, [(name, weight)]):
+            stored = _stored_type(theirs, part, self._type, self._config.tie_embeddings)
+            offset = self._file.tell() - self._start
+            self._table[theirs] = _entry(theirs, tuple(part.shape), TYPES[stored].id, offset)
+            for data in encode(stored, part):
+                self._file.write(data)
+            self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        self._added.append(name)
+        if self._identity is not None and self._file.tell() - self._noted >= NOTE_BYTES:
+            self._note()
+
+    def commit(self) -> None:
+        """Complete the file and give it its name."""
+        wanted = {name for theirs in names_of(self._family, self._config).values() for name in theirs}
+        assert self._table.keys() == wanted, f"weights not given: {sorted(wanted - self._table.keys())}"
+        self._file.seek(self._table_at)
+        self._file.write(b"".join(self._table.values()))
+        assert self._file.tell() == self._table_at + self._table_size
+        self._sync()
+        os.replace(self._partial, self.path)
+        self._notes.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _note(self) -> None:
+        """Note what is written, once it is safe on the disk."""
+        self._sync()
+        self._noted = self._file.tell()
+        self.done.update(self._added)
+        table = {name: entry.hex() for name, entry in self._table.items()}
+        notes = {"identity": self._identity, "end": self._noted, "done": sorted(self.done), "table": table}
+        write_file(self._notes, json.dumps(notes).encode())
+
+    def _resume(self) -> None:
+        """Take over what an earlier process with the same identity noted."""
+        try:
+            notes = json.loads(self._notes.read_text(encoding="utf-8"))
+            size = self._partial.stat().st_size
+        except (OSError, ValueError):
+            return
+        if isinstance(notes, dict) and notes.get("identity") == self._identity and size >= notes["end"]:
+            self._noted, self.done = notes["end"], set(notes["done"])
+            self._table = {name: bytes.fromhex(entry) for name, entry in notes["table"].items()}
 
 
 def _fields(architecture: str, config: GLMConfig, meta: CheckpointMeta, type: str) -> dict[str, Any]:
@@ -134,35 +233,6 @@ def _fields(architecture: str, config: GLMConfig, meta: CheckpointMeta, type: st
 
 
 # -------------------------------------------------------------------- bytes
-
-
-def _write(
-    file: BinaryIO,
-    fields: Mapping[str, Any],
-    names: list[str],
-    weights: Iterable[tuple[str, Weight]],
-    type: str,
-    tied: bool,
-) -> None:
-    file.write(MAGIC + struct.pack("<IQQ", VERSION, len(names), len(fields)))
-    for key, value in fields.items():
-        file.write(_string(key) + _value(value))
-    table_at = file.tell()
-    # Every matrix has two dimensions, everything else one: the table's size is known before its contents.
-    table_size = sum(len(_entry(name, (0, 0) if _is_matrix(name) else (0,), 0, 0)) for name in names)
-    start = -(-(table_at + table_size) // ALIGNMENT) * ALIGNMENT
-    file.seek(start)
-    table: dict[str, bytes] = {}
-    for name, weight in weights:
-        stored = _stored_type(name, weight, type, tied)
-        table[name] = _entry(name, tuple(weight.shape), TYPES[stored].id, file.tell() - start)
-        for data in encode(stored, weight):
-            file.write(data)
-        file.write(bytes(-file.tell() % ALIGNMENT))
-    assert table.keys() == set(names), f"weights not given: {sorted(set(names) - table.keys())}"
-    file.seek(table_at)
-    file.write(b"".join(table.values()))
-    assert file.tell() == table_at + table_size
 
 
 def _is_matrix(name: str) -> bool:
