@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -75,8 +77,14 @@ def sampling(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
     from openglm.chat import ChatModel
 
+    if first:  # half a million objects came with torch, to stay: the collector need never walk them
+        gc.freeze()
+        gc.enable()
     if o.threads is not None:
         import torch
 
