@@ -26,12 +26,19 @@ $(BIN)/python:
 	@echo "make: creating $(VENV) with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# The native kernels want a C++ compiler. Without one, and without the rights to install it, PyTorch's operators serve.
+CSRC := $(wildcard openglm/ops/csrc/*) openglm/ops/build.py hatch_build.py
+COMPILER := command -v c++ >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+	apt-get -qq update >/dev/null && apt-get -qq install -y g++ >/dev/null; } || true
+
+$(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
+	@$(COMPILER)
 	@echo "make: installing OpenGLM and PyTorch into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-tests: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
+	@$(COMPILER)
 	@echo "make: installing OpenGLM, PyTorch and the test tools into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed

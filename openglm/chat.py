@@ -107,7 +107,8 @@ class ChatModel:
             kind = DTYPES[dtype or "float32"] if dtype or place.type == "cpu" else None
             return cls(_random_engine(source, place, kind), None, None, CheckpointMeta())
         found = open_reference(source, adapter, chat_format)
-        model = load_weights(found.opened, place, DTYPES[dtype] if dtype else _default_dtype(found.opened, place))
+        kind = DTYPES[dtype] if dtype else _default_dtype(found.opened, place)
+        model = load_weights(found.opened, place, kind, packed=True)
         tokenizer, meta = found.tokenizer, found.meta
         special = meta.special_ids or (tokenizer.special_ids if tokenizer else {})
         engine = Engine(model, special, None if tokenizer is None else tokenizer.vocab_size)
@@ -235,6 +236,7 @@ class ChatModel:
             for event in parser.finish():
                 called = called or event.tool_call is not None
                 yield dataclasses.replace(event, token_ids=(), finish_reason=None)
+            assert reason != "error" and reason != "cancelled", "a stream raises, or just ends"
             yield Event(finish_reason="tool_calls" if called and reason == "stop" else reason)
 
         return events()

@@ -116,17 +116,21 @@ def _loaded(opened: OpenedModel) -> tuple[list[str], dict[str, int]]:
     Types and shapes come from headers. What form tensors of a type, or of several joined, take once loaded is seen on
     the smallest of them, which alone is read.
     """
-    kinds: dict[str, frozenset[str]] = {}
+    from openglm.ops.quant import QuantParts
+
+    kinds: dict[str, tuple[str, ...]] = {}
     types: dict[str, int] = {}
     for name, kind, n_bytes in opened.stored():
-        kinds[name] = kinds.get(name, frozenset()) | {kind}
+        kinds[name] = (*kinds.get(name, ()), kind)
         types[kind] = types.get(kind, 0) + n_bytes
     shapes = {name: [opened.source.shape(t) for t in theirs] for name, theirs in opened.names().items()}
     by_size = sorted(kinds, key=lambda name: sum(prod(shape) for shape in shapes[name]), reverse=True)
-    samples = {of: opened.get(name) for of, name in {kinds[name]: name for name in by_size}.items()}
+    samples = {of: opened.get_parts(name) for of, name in {kinds[name]: name for name in by_size}.items()}
     parts = {"embedding": 0, "attention": 0, "mlp": 0, "norm": 0, "head": 0}
     for name, of in kinds.items():
-        parts[_part(name)] += sum(_n_bytes(shape, samples[of]) for shape in shapes[name])
+        like = samples[of]
+        forms = like.parts if isinstance(like, QuantParts) else [like] * len(shapes[name])
+        parts[_part(name)] += sum(_n_bytes(shape, form) for shape, form in zip(shapes[name], forms, strict=True))
     return sorted(types, key=lambda kind: -types[kind]), parts
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
-__all__ = ["BUILTIN_TOOLS", "Event", "Message", "Role", "SamplingParams", "ToolCall", "ToolSpec", "IGNORE"]
+__all__ = ["BUILTIN_TOOLS", "Event", "Grammar", "Message", "Role", "SamplingParams", "ToolCall", "ToolSpec", "IGNORE"]
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -127,35 +129,99 @@ def _tool_call(value: Any, where: str) -> ToolCall:
     return ToolCall(function["name"], arguments, value.get("id"))
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like, in full. text: the JSON schema (as JSON), regular expression or EBNF grammar.
+
+    kind: "json" (any JSON; no text), "json_schema", "regex", "ebnf" (GBNF's notation; the start symbol is `root`).
+    """
+
+    kind: Literal["json", "json_schema", "regex", "ebnf"]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json", "json_schema", "regex", "ebnf"):
+            raise ValueError(f"grammar.kind must be json, json_schema, regex or ebnf, not {self.kind!r}")
+        if not isinstance(self.text, str) or bool(self.text) != (self.kind != "json"):
+            raise ValueError(f"grammar.text of kind {self.kind} must be {'empty' if self.kind == 'json' else 'a text'}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to draw tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
 
-    seed: None draws a fresh one; the same seed and prompt give the same tokens.
+    seed: None draws a fresh one; the same seed and prompt give the same tokens, whatever else runs beside them.
+    stop_ids, stop_strings: what ends an answer; of a stop string nothing is in the text. min_new_tokens: no stop id
+    and no end of the grammar before that many tokens, unless the grammar leaves nothing but its end.
+    repetition_penalty: over prompt and answer (CTRL); frequency_penalty, presence_penalty: over the answer (OpenAI).
+    logit_bias: token id to what is added to its logit, -inf forbids it. top_logprobs: likeliest tokens reported.
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # kept as sorted pairs
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        self._normalise()
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+                limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise ValueError(f"{name} must be {limits}, not {value!r}")
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "top_logprobs", "seed"):
+            if not isinstance(getattr(self, name), int) and (name, self.seed) != ("seed", None):
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not 0.0 <= self.min_p < 1.0:
+        if not self.min_p < 1.0:
             raise ValueError(f"min_p must be in [0, 1), not {self.min_p}")
         if not self.repetition_penalty > 0.0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be of at most 64 bits, not {self.seed}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar must be a Grammar, not {type(self.grammar).__name__}")
+
+    def _normalise(self) -> None:
+        """Collections become tuples, so that equal parameters are equal and can be keys."""
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        try:
+            bias = sorted({int(token): float(value) for token, value in pairs}.items())
+        except (TypeError, ValueError):
+            raise ValueError("logit_bias must give a number for each token id, such as {12: -100}") from None
+        if any(not value < math.inf for _, value in bias):
+            raise ValueError("logit_bias must be finite, or -inf to forbid a token")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings must be a list of texts, such as [{self.stop_strings!r}]")
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise ValueError("stop_strings must be texts that are not empty")
+        object.__setattr__(self, "logit_bias", tuple(bias))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        try:
+            object.__setattr__(self, "stop_ids", tuple(index(token) for token in self.stop_ids))
+        except TypeError:
+            raise ValueError(f"stop_ids must be token ids, not {self.stop_ids!r}") from None
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_new_tokens", 1, math.inf), ("min_new_tokens", 0, math.inf), ("temperature", 0.0, 1e38),
+    ("top_k", 0, math.inf), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("repetition_penalty", 0.0, 1e38),
+    ("frequency_penalty", -1e38, 1e38), ("presence_penalty", -1e38, 1e38), ("top_logprobs", 0, 20),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +229,8 @@ class Event:
     """One piece of a streamed answer. `text` may be empty; `finish_reason` is set on the last one only.
 
     reasoning: a piece of what the model thinks before it answers; no part of `text`.
-    finish_reason: "stop" (a stop id), "tool_calls", "length" (max_new_tokens or the context is full).
+    finish_reason: "stop" (a stop id or stop string, or the grammar is complete), "tool_calls", "length"
+    (max_new_tokens or the context is full).
     """
 
     text: str = ""

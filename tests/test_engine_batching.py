@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -24,11 +25,11 @@ from openglm.engine import (
     TorchRunner,
     fill_blanks,
 )
-from openglm.engine.engine import collected
 from openglm.engine.speculate import Proposer
+from openglm.engine.stream import collected
 from openglm.model.init import init_weights
 from openglm.model.transformer import Transformer
-from openglm.types import SamplingParams
+from openglm.types import Grammar, SamplingParams
 
 SPECIALS = {"[MASK]": 40, "[gMASK]": 41, "<sop>": 43}
 SHAPE: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48,
@@ -49,7 +50,8 @@ def model(kind: str = "causal", seed: int = 1) -> Transformer:
 
 
 def engine(kind: str = "causal", proposer: Proposer | None = None, **options: Any) -> Engine:
-    return Engine(model(kind), SPECIALS, N_IDS, options=EngineOptions(**{"page_size": 4, **options}), proposer=proposer)
+    sizes = EngineOptions(**{"page_size": 4, **options})
+    return Engine(model(kind), SPECIALS, N_IDS, sizes, proposer=proposer, grammar_state=lambda _: Alternate())
 
 
 def prompts(kind: str = "causal", n: int = 16) -> list[list[int]]:
@@ -60,9 +62,31 @@ def prompts(kind: str = "causal", n: int = 16) -> list[list[int]]:
     return [[*ids[:5], 40, *ids[5:], 43] for ids in made] if kind == "prefix" else made
 
 
+class Alternate:
+    """A grammar: odd and even ids in turn, nine of them."""
+
+    def __init__(self) -> None:
+        self.n, self.done = 0, False
+
+    def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return np.arange(N_IDS) % 2 == self.n % 2
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2 == self.n % 2
+        self.n += 1
+        self.done = self.n == 9
+
+
 def params_of(number: int) -> SamplingParams:
-    """Greedy and drawn ones side by side."""
-    return GREEDY if number % 2 else dataclasses.replace(SEEDED, seed=number)
+    """Greedy, drawn and constrained ones side by side, with every kind of state that a sampler has."""
+    if number % 4 in (0, 1):
+        return GREEDY if number % 4 else dataclasses.replace(SEEDED, seed=number)
+    if number % 4 == 2:
+        return dataclasses.replace(
+            SEEDED, seed=number, repetition_penalty=1.0, frequency_penalty=0.7, presence_penalty=0.2,
+            logit_bias={7: 2.0, 3: float("-inf")}, top_logprobs=3, stop_ids=(7,), min_new_tokens=5,
+        )  # fmt: skip
+    return dataclasses.replace(GREEDY, temperature=0.6 * (number % 8 == 3), seed=1, grammar=Grammar("regex", "x"))
 
 
 def alone(kind: str) -> list[Completion]:
@@ -87,6 +111,8 @@ def assert_same(got: Sequence[Completion], wanted: Sequence[Completion]) -> None
     for one, other in zip(got, wanted, strict=True):
         assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        for top, wanted_top in zip(one.top_logprobs, other.top_logprobs, strict=True):
+            assert [i for i, _ in top] == [i for i, _ in wanted_top]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -100,6 +126,7 @@ def assert_same(got: Sequence[Completion], wanted: Sequence[Completion]) -> None
         {"pool_tokens": 100},
         {"pool_tokens": 100, "prefix_cache": False, "step_tokens": 20, "n_parallel": 8},
         {"page_size": 1},
+        {"page_size": 16},
     ],
     ids=str,
 )
@@ -111,7 +138,9 @@ def test_company_changes_nothing(kind: str, options: dict[str, Any], expected: d
     shown = made.describe()
     assert (shown["n_preemptions"] > 0) == ("pool_tokens" in options)
     assert (shown["n_reused"] > first["n_reused"]) == (kind == "causal" and options.get("prefix_cache", True))
-    assert shown["n_pages_free"] == shown["n_pages"] and shown["n_drawn"] == 2 * 16 * N_NEW
+    assert shown["n_pages_free"] == shown["n_pages"] and shown["n_drawn"] == 2 * sum(
+        len(c.token_ids) for c in expected[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -131,7 +160,7 @@ def test_guesses_change_nothing(
     shown = made.describe()
     assert shown["n_drafted"] > 100 and shown["n_accepted"] > 0
     if proposer == "itself" and not options:  # greedy ones are all guessed right
-        assert shown["n_accepted"] > 0.3 * shown["n_drafted"]
+        assert shown["n_accepted"] > 0.2 * shown["n_drafted"]
     made.step()
     if isinstance(made_of, DraftProposer):
         made_of.propose([], made._positions_of)
@@ -165,10 +194,11 @@ def test_streams_open_at_once_in_one_thread(expected: dict[str, list[Completion]
     streams = [made.stream(p, params_of(i)) for i, p in enumerate(prompts())]
     got: list[list[int]] = [[] for _ in streams]
     rng = random.Random(0)
-    while made.has_work or any(len(ids) < N_NEW for ids in got):
+    wanted = [c.token_ids for c in expected["causal"]]
+    while [tuple(ids) for ids in got] != wanted:
         i = rng.randrange(16)
+        assert len(got[i]) <= len(wanted[i])
         got[i] += [step.token_id for step in [next(streams[i], None)] if step is not None]
-    assert [tuple(ids) for ids in got] == [c.token_ids for c in expected["causal"]]
     assert made.describe()["n_passes"] < 100  # not one request after the other
 
 
@@ -255,7 +285,7 @@ def test_nan_logits_end_one_request(options: dict[str, Any], expected: dict[str,
     bad = made.stream([*all_prompts[0], BAD_ID, 5, 6], GREEDY)
     got = together(made, "causal")
     assert [c.token_ids for c in got] == [c.token_ids for c in expected["causal"]]
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(FloatingPointError, match="no numbers"):
         next(bad)
     # Its pages are used again, and nothing of it is in the prefix cache.
     assert_same(together(made, "causal"), expected["causal"])
@@ -279,14 +309,14 @@ class Faulty(TorchRunner):
 
 def test_a_pass_that_fails_ends_only_the_request_at_fault(expected: dict[str, list[Completion]]) -> None:
     runner = Faulty(model(), 400, 4)
-    made = Engine(runner.model, SPECIALS, N_IDS, runner=runner)
+    made = Engine(runner.model, SPECIALS, N_IDS, runner=runner, grammar_state=lambda _: Alternate())
     runner.fatal_id = BAD_ID
     bad = made.stream([4, BAD_ID], GREEDY)
     got = together(made, "causal")
     assert [c.token_ids for c in got] == [c.token_ids for c in expected["causal"]]
     with pytest.raises(MemoryError, match="no memory"):
         list(bad)
-    assert runner.n_large > 10
+    assert runner.n_large >= 10
     made.check_integrity()
 
 

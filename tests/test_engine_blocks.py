@@ -12,7 +12,7 @@ from openglm.engine import blocks as blocks_module
 from openglm.engine.blocks import BlockManager
 
 SIZE = 4
-PURE = ("blocks", "request", "scheduler")
+PURE = ("blocks", "request", "scheduler", "stream")
 
 
 def filled(manager: BlockManager, ids: list[int]) -> list[int]:

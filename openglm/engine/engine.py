@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,20 @@ from torch import Tensor
 from openglm.engine.beam import Beam
 from openglm.engine.blocks import BlockManager
 from openglm.engine.direct import Direct, check_ids, room_in_context
+from openglm.engine.native_runner import NativeRunner, natural_kv_dtype, runs_natively
 from openglm.engine.options import EngineOptions, default_pool_tokens
-from openglm.engine.plain import Drawn, Sampler, draw_batch
 from openglm.engine.request import NO_TOKEN, Completion, FinishReason, Request, Step
 from openglm.engine.runner import Chunk, ModelRunner, TorchRunner, kv_type
+from openglm.engine.sampler import Drawn, GrammarState, Sampler, draw_batch
 from openglm.engine.scheduler import Scheduler, Work
 from openglm.engine.speculate import Proposer
+from openglm.engine.stream import TokenStream, collected
 from openglm.model.batch import prompt_layout
 from openglm.model.paged import PagedPool
 from openglm.model.transformer import Transformer
-from openglm.types import SamplingParams
+from openglm.types import Grammar, SamplingParams
 
-__all__ = ["Engine", "TokenStream"]
-
-_NAN = "the model computed NaN logits: its weights are damaged, or try float32"
+__all__ = ["Engine"]
 
 
 @dataclass(eq=False, slots=True)
@@ -54,39 +54,13 @@ class _Live:
     steps: deque[Step] | None
 
 
-class TokenStream(Iterator[Step]):
-    """Steps of one request as they are drawn; asking for the next one drives the engine, for all its requests.
-
-    The request waits and runs from the start, whether it is iterated or not; `close`, or dropping the stream, ends it.
-    Raises what ended a request with an error; a stream of a cancelled request just ends.
-    """
-
-    def __init__(self, engine: Engine, request_id: int, steps: deque[Step]) -> None:
-        self.request_id = request_id
-        self._engine, self._steps = engine, steps
-
-    def __next__(self) -> Step:
-        step = self._engine._next(self.request_id, self._steps)
-        if step is None or step.finish_reason == "cancelled":
-            raise StopIteration
-        if step.error is not None:
-            raise step.error
-        return step
-
-    def close(self) -> None:
-        self._engine.cancel(self.request_id)
-        self._steps.clear()
-
-    def __del__(self) -> None:
-        self._engine._abandoned.append(self.request_id)  # the collector may run within a step: cancel at the next one
-
-
 class Engine:
     """Runs one Transformer.
 
     special_ids: names to ids, for `prompt_layout`. vocab_size: ids that the tokenizer knows; rows of a padded
-    embedding beyond it are never drawn (None: all may be). runner: executes passes; None: a TorchRunner over the
-    model. proposer: guesses tokens, which are verified several at a time; the ids that come out stay the same.
+    embedding beyond it are never drawn (None: all may be). runner: executes passes; None: a NativeRunner where it
+    takes the model, else a TorchRunner. proposer: guesses tokens, which are verified several at a time; the ids that
+    come out stay the same. grammar_state: makes the state that holds one answer to a grammar; it needs a tokenizer.
 
     Threads may share an engine: one of them at a time drives it, for all.
     """
@@ -99,6 +73,7 @@ class Engine:
         options: EngineOptions | None = None,
         runner: ModelRunner | None = None,
         proposer: Proposer | None = None,
+        grammar_state: Callable[[Grammar], GrammarState] | None = None,
     ) -> None:
         self.model = model.eval()
         self.config = model.config
@@ -107,7 +82,8 @@ class Engine:
         assert 0 < self.vocab_size <= self.config.vocab_size
         self.options = options or EngineOptions()
         self._direct = Direct(model, self.special_ids, self.vocab_size)
-        self._runner, self._proposer = runner, proposer
+        self._runner, self._proposer, self.grammar_state = runner, proposer, grammar_state
+        self._native = self.options.page_size % 16 == 0 and runs_natively(model)
         n_pages, page_size = (runner.n_pages, runner.page_size) if runner is not None else self._pool_size()
         prefix = self.config.mask == "prefix"  # there keys and values of a prompt depend on the whole of it
         blocks = BlockManager(n_pages, page_size, share=self.options.prefix_cache and not prefix)
@@ -126,7 +102,8 @@ class Engine:
     def _pool_size(self) -> tuple[int, int]:
         tokens, size = self.options.pool_tokens, self.options.page_size
         if tokens is None:
-            per_token = PagedPool.bytes_per_token(self.config, kv_type(self.model, self.options.kv_dtype))
+            dtype = self.options.kv_dtype or (natural_kv_dtype(self.model) if self._native else None)
+            per_token = PagedPool.bytes_per_token(self.config, kv_type(self.model, dtype))
             tokens = default_pool_tokens(self.config, per_token, self.device, self.options)
         return -(-tokens // size), size
 
@@ -135,7 +112,8 @@ class Engine:
         """Its pool is taken from the memory when it is first needed, at the size that was fixed at the start."""
         if self._runner is None:
             blocks = self.scheduler.blocks
-            self._runner = TorchRunner(self.model, blocks.n_pages, blocks.page_size, self.options.kv_dtype)
+            kind = NativeRunner if self._native else TorchRunner
+            self._runner = kind(self.model, blocks.n_pages, blocks.page_size, self.options.kv_dtype)
         return self._runner
 
     def describe(self) -> dict[str, Any]:
@@ -159,7 +137,8 @@ class Engine:
         Raises ValueError at the call for an empty prompt, ids outside the vocabulary, or no room in context or pool.
         """
         steps: deque[Step] = deque()
-        return TokenStream(self, self._add(prompt_ids, params, client, steps), steps)
+        request_id = self._add(prompt_ids, params, client, steps)
+        return TokenStream(request_id, steps, self._next, self.cancel, self._abandoned)
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         """`stream`, collected."""
@@ -215,7 +194,10 @@ class Engine:
         room = min(room_in_context(len(ids), self.config), capacity + 1 - len(ids))
         budget = min(params.max_new_tokens, room)
         layout = prompt_layout(ids, self.config, self.special_ids)
-        sampler = Sampler(params, ids, self.vocab_size)
+        state = None
+        if params.grammar is not None and self.grammar_state is not None:
+            state = self.grammar_state(params.grammar)
+        sampler = Sampler(params, ids, self.vocab_size, state)
         with self._lock:
             self._n_requests += 1
             request = Request(self._n_requests, ids, len(ids), budget, layout.n_context, client)
@@ -272,7 +254,7 @@ class Engine:
                 for w in work:
                     self._run([w])
             return
-        self._draw(work, logits[:, : self.vocab_size])
+        self._draw(work, logits)
 
     def _chunk(self, work: Work) -> Chunk:
         request, start, n = work.request, work.start, work.n_tokens
@@ -286,7 +268,6 @@ class Engine:
 
     @torch.inference_mode()
     def _draw(self, work: list[Work], logits: Tensor) -> None:
-        sound = logits.amax(-1).isfinite().tolist() if len(logits) else []
         singles: list[tuple[Work, _Live]] = []
         rows: list[int] = []
         end = 0
@@ -295,8 +276,6 @@ class Engine:
             live = self._live[w.request.id]
             if w.n_logits == 0:
                 self.scheduler.advance(w)
-            elif not all(sound[first:end]):
-                self._end(live, "error", FloatingPointError(_NAN))
             elif w.n_logits == 1:
                 singles.append((w, live))
                 rows.append(first)
@@ -305,7 +284,10 @@ class Engine:
         if singles:
             wanted = logits if len(rows) == len(logits) else logits[rows]
             for (w, live), drawn in zip(singles, draw_batch([x.sampler for _, x in singles], wanted), strict=True):
-                self._advance_by(w, live, [drawn.token_id], self._emit(live, drawn, 1))
+                if drawn.error is not None:
+                    self._end(live, "error", drawn.error)
+                else:
+                    self._advance_by(w, live, [drawn.token_id], self._emit(live, drawn, 1))
 
     def _verify(self, work: Work, live: _Live, logits: Tensor) -> None:
         """Draw behind every draft as if it were the answer, until one of them was guessed wrong."""
@@ -313,6 +295,9 @@ class Engine:
         ids: list[int] = []
         for row, guess in zip(logits, guesses, strict=True):
             drawn = live.sampler.draw(row)
+            if drawn.error is not None:
+                self._end(live, "error", drawn.error)
+                return
             ids.append(drawn.token_id)
             reason = self._emit(live, drawn, len(ids))
             if reason is not None or drawn.token_id != guess:
@@ -384,11 +369,3 @@ class Engine:
         """(T - start,) float32 log-probabilities (nats) of ids[start:], each given all before it."""
         with self._lock:
             return self._direct.logprobs(ids, start)
-
-
-def collected(stream: TokenStream) -> Completion:
-    """All of a stream; "cancelled" when someone else ended it."""
-    steps = list(stream)
-    reason = (steps[-1].finish_reason if steps else None) or "cancelled"
-    top = tuple(s.top_logprobs for s in steps)
-    return Completion(tuple(s.token_id for s in steps), reason, tuple(s.logprob for s in steps), top)

@@ -29,9 +29,11 @@ def runs_natively(model: Transformer) -> bool:
     """Whether NativeRunner takes the model: a CPU, the library, no P-Tuning prefix, matrices of kinds it knows."""
     if not native.available() or model.device.type != "cpu" or model.kv_prefix is not None:
         return False
-    modules = [m for block in model.layers for m in (block.attn.qkv, block.attn.out, block.mlp.up, block.mlp.down)]  # type: ignore[union-attr]
-    heads = [] if model.head is None else [model.head]
-    return all(_known(m) for m in (*modules, *heads, model.embed))
+    modules: list[nn.Module] = [model.embed] if model.head is None else [model.embed, model.head]
+    for block in model.layers:
+        assert isinstance(block, Block)
+        modules += [block.attn.qkv, block.attn.out, block.mlp.up, block.mlp.down]
+    return all(_known(module) for module in modules)
 
 
 def _known(module: nn.Module) -> bool:
@@ -62,9 +64,9 @@ class NativeRunner:
         self._keys, self._values = (torch.zeros(*heads, page_size * c.head_dim, dtype=dtype) for _ in range(2))
         int8 = dtype == torch.int8
         self._scales = [torch.zeros(*heads, page_size) for _ in range(2)] if int8 else []
-        scales = [s.data_ptr() for s in self._scales] or [None, None]
+        scales: list[int | None] = [s.data_ptr() for s in self._scales] or [None, None]
         self._pool = native.PoolStruct(
-            native.KINDS[dtype], page_size, n_pages, self._keys.data_ptr(), self._values.data_ptr(), *scales
+            native.KINDS[dtype], page_size, n_pages, self._keys.data_ptr(), self._values.data_ptr(), *scales,
         )
         library = native.library()
         assert library is not None
@@ -172,5 +174,6 @@ def natural_kv_dtype(model: Transformer) -> str:
 def _plain_dtypes(model: Transformer) -> Iterator[torch.dtype | None]:
     """dtype of every layer's query-key-value matrix, None for a quantised one."""
     for block in model.layers:
-        module = block.attn.qkv  # type: ignore[union-attr]
+        assert isinstance(block, Block)
+        module = block.attn.qkv
         yield module.weight.dtype if type(module) is nn.Linear else None

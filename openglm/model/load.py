@@ -117,7 +117,10 @@ def _put(
 def _put_embedding(model: Transformer, weight: QuantTensor, computes: torch.dtype, packed: bool) -> None:
     """The table and, where it is tied to it, the head, which share their memory."""
     head = quantised_linear(weight, packed)
-    model.embed = PackedEmbedding(head.matrix, computes) if isinstance(head, PackedLinear) else QuantEmbedding(weight, computes)  # fmt: skip
+    table: nn.Module = QuantEmbedding(weight, computes)
+    if isinstance(head, PackedLinear):
+        table = PackedEmbedding(head.matrix, computes)
+    model.register_module("embed", table)
     if model.config.tie_embeddings:
         model.head = head
 

@@ -195,11 +195,12 @@ class PackedMatrix:
 
 def packable(weight: QuantTensor) -> bool:
     """Whether the kernels know this form: groups of 16 (without a minimum), a multiple of 32 or whole rows; float16."""
+    if not available() or weight.q.device.type != "cpu" or (weight.bits == 8 and weight.minimum is not None):
+        return False
     group = weight.group_size
-    whole = group == weight.columns
-    fits = whole or group % 32 == 0 or (group == 16 and weight.bits == 8 and weight.minimum is None)
+    fits = group == weight.columns or group % 32 == 0 or (group == 16 and weight.bits == 8)
     exact = weight.scale.dtype == torch.float16 or bool((weight.scale.half().float() == weight.scale.float()).all())
-    return available() and weight.q.device.type == "cpu" and fits and exact and not (weight.bits == 8 and weight.minimum is not None)  # fmt: skip
+    return fits and exact
 
 
 def pack(weight: QuantTensor) -> PackedMatrix:

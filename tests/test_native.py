@@ -1,0 +1,195 @@
+"""The native library: packing, products, attention and whole passes against PyTorch, for every instruction set here.
+
+    python -m pytest -q tests/test_native.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openglm.config import GLMConfig, RopeConfig
+from openglm.engine.native_runner import NativeRunner, runs_natively
+from openglm.engine.runner import Chunk, TorchRunner
+from openglm.model.init import init_weights
+from openglm.model.linear import PackedEmbedding, PackedLinear, QuantLinear, RowParts, quantised_linear
+from openglm.model.transformer import Transformer
+from openglm.ops import native
+from openglm.ops.quant import QuantParts, QuantTensor, pack_int4
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built: no C++ compiler")
+
+Form = tuple[int, int, bool, bool]  # bits, columns of a group (0: the row), minimum, whether six bits hold the values
+FORMS: list[Form] = [
+    (4, 32, True, False), (4, 32, False, False), (4, 64, True, False), (4, 0, False, False), (8, 32, False, False),
+    (8, 16, False, True), (8, 16, False, False), (8, 32, False, True), (8, 0, False, False),
+]  # fmt: skip
+
+
+@pytest.fixture(params=native.describe().get("isas", []))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.describe()["isa"]
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+def matrix(rows: int, columns: int, form: Form, seed: int = 0) -> QuantTensor:
+    bits, group, minimum, six = form
+    generator = torch.Generator().manual_seed(seed)
+    top = 32 if six else 128
+    if bits == 4:
+        q = pack_int4(torch.randint(0, 16, (rows, columns), generator=generator))
+    else:
+        q = torch.randint(-top, top, (rows, columns), generator=generator, dtype=torch.int8)
+    n_groups = columns // (group or columns)
+    scale = (torch.rand(rows, n_groups, generator=generator) * 0.01 + 0.005).half()
+    return QuantTensor(q, scale, (-7 * scale.float()).half() if minimum else None)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(16, 64), (21, 96)], ids=str)
+def test_packing_loses_nothing(isa: str, form: Form, shape: tuple[int, int]) -> None:
+    if form[1] and shape[1] % form[1]:
+        pytest.skip("groups do not divide the row")
+    weight = matrix(*shape, form)
+    packed = native.pack(weight)
+    assert packed.kind == (native.INT4 if form[0] == 4 else native.INT6 if form[3] else native.INT8)
+    assert torch.allclose(packed.dequantise(), weight.dequantise(), atol=1e-7)
+    assert torch.equal(packed.take(torch.tensor([3, 0, shape[0] - 1])), packed.dequantise()[[3, 0, -1]])
+    with pytest.raises(IndexError):
+        packed.take(torch.tensor([shape[0]]))
+
+
+class Rounded(nn.Module):
+    """The definition in float64: activations rounded to INT8, 32 columns to a scale, times the dequantised matrix."""
+
+    def __init__(self, weight: QuantTensor | QuantParts, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias, self.weight = bias, weight.dequantise().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.shape[-1]
+        padded = nn.functional.pad(x, (0, -columns % 32)).unflatten(-1, (-1, 32))
+        top = padded.abs().amax(-1, keepdim=True)
+        q = (padded * (127.0 / top.clamp(min=1e-30))).round()
+        rounded = (q.double() * (top.double() / 127)).flatten(-2)[..., :columns]
+        y = (rounded @ self.weight.T).float()
+        return y if self.bias is None else y + self.bias
+
+
+def quantised_model(config: GLMConfig, form: Form, mixed: bool) -> tuple[Transformer, Transformer]:
+    """The same weights twice: packed for the library, and by definition."""
+    ours, theirs = (init_weights(Transformer(config), seed=1, std=0.3) for _ in range(2))
+    for model, packed in ((ours, True), (theirs, False)):
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, nn.Linear) or name == "head":
+                continue
+            rows, columns = module.weight.shape
+            one, weight = matrix(rows, columns, form, seed=len(name)), None
+            if mixed and name.endswith("qkv"):
+                split = config.n_heads * config.head_dim
+                other = matrix(rows, columns, (8, 16, False, True), seed=3)
+                weight = QuantParts((one.take_rows(slice(0, split)), other.take_rows(slice(split, None))))
+            parent, _, child = name.rpartition(".")
+            cut = config.ffn_dim if child == "up" and config.mlp != "gelu" else None
+            layer = quantised_linear(weight or one, True, cut) if packed else Rounded(weight or one, module.bias)
+            if packed:
+                layer.bias = module.bias
+            setattr(model.get_submodule(parent), child, layer)
+    return ours.eval().requires_grad_(False), theirs.eval().requires_grad_(False)
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 72, "dim": 64, "n_layers": 1, "n_heads": 4, "head_dim": 16, "ffn_dim": 96, "max_seq_len": 256
+}  # fmt: skip
+CONFIGS = {
+    "glm-4": GLMConfig(**SHAPE, n_kv_heads=2, rope=RopeConfig(fraction=0.5)),
+    "0414": GLMConfig(**SHAPE, n_kv_heads=2, sandwich=True),
+    "glm-130b": GLMConfig(**SHAPE, n_kv_heads=4, norm="layer", residual="normed", residual_alpha=2.0, mlp="geglu",
+                          linear_bias=True, mask="prefix"),
+    "chatglm-6b": GLMConfig(**SHAPE, n_kv_heads=4, norm="layer", residual="normed", residual_alpha=2.0, mlp="gelu",
+                            linear_bias=True, rope=RopeConfig(axes=2), mask="prefix"),
+}  # fmt: skip
+
+
+def chunk(ids: list[int], start: int, axes: int, pages: list[int], n_logits: int, n_context: int = 0) -> Chunk:
+    positions = torch.arange(start, start + len(ids)).expand(axes, -1)
+    return Chunk(ids, start, positions, pages, n_context, n_logits)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[6], FORMS[5]], ids=str)
+def test_a_pass_of_quantised_layers_equals_its_definition(isa: str, config: str, form: Form) -> None:
+    c = CONFIGS[config]
+    ours, theirs = quantised_model(c, form, mixed=True)
+    assert runs_natively(ours) and isinstance(ours.layers[0].attn.qkv, RowParts)
+    runners = NativeRunner(ours, 8, kv_dtype="float32"), TorchRunner(theirs, 8, kv_dtype="float32")
+    ids = torch.randint(0, 72, (37,), generator=torch.Generator().manual_seed(5)).tolist()
+    n_context = 20 if c.mask == "prefix" else 0
+    passes = [[chunk(ids, 0, c.n_axes, [2, 0, 5], 37, n_context)], [chunk([7], 37, c.n_axes, [2, 0, 5], 1)]]
+    for each in passes:
+        got, expected = (runner.run(each) for runner in runners)
+        # A value that lies on a border of the rounding may fall to either side: nearly all are equal, none is far off.
+        off = (got - expected).abs() / expected.std()
+        assert off.max() < 0.1 and (off < 1e-3).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_plain_layers_and_every_kind_of_cache(isa: str, kv_dtype: str) -> None:
+    c = CONFIGS["glm-4"]
+    model = init_weights(Transformer(c), seed=1, std=0.3).eval().requires_grad_(False)
+    runners = NativeRunner(model, 16, kv_dtype=kv_dtype), TorchRunner(model, 16, kv_dtype=kv_dtype)
+    assert abs(runners[0].kv_bytes - runners[1].kv_bytes) <= 0.01 * runners[1].kv_bytes
+    ids = torch.randint(0, 72, (150,), generator=torch.Generator().manual_seed(5)).tolist()
+    pages = [3, 1, 4, 9, 5, 2, 6, 8, 7, 0]
+    got, expected = (runner.run([chunk(ids, 0, 1, pages, 150)]) for runner in runners)
+    assert (got - expected).abs().max() < 5e-3 and (got - expected).abs().median() < 1e-4
+    got, expected = (runner.run([chunk([7], 150, 1, pages, 1)]) for runner in runners)
+    assert (got - expected).abs().max() < 5e-3
+
+
+def test_logits_do_not_depend_on_company_bit_for_bit(isa: str) -> None:
+    c = CONFIGS["glm-4"]
+    ours, _ = quantised_model(c, FORMS[0], mixed=True)
+    ids = torch.randint(0, 72, (90,), generator=torch.Generator().manual_seed(5)).tolist()
+    whole = NativeRunner(ours, 16).run([chunk(ids, 0, 1, [0, 1, 2, 3, 4, 5], 90)])
+    pieces, runner, first = [], NativeRunner(ours, 16), 0
+    for n in (1, 40, 3, 1, 30, 15):  # cut otherwise, with another sequence beside it
+        other = chunk([5] * 6, 0, 1, [15], 6)
+        pieces.append(runner.run([chunk(ids[first : first + n], first, 1, [9, 1, 7, 3, 4, 2], n), other])[:n])
+        first += n
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_layers_alone_compute_what_unpacked_ones_do() -> None:
+    weight = matrix(48, 64, FORMS[0])
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    packed = quantised_linear(weight, True)
+    assert isinstance(packed, PackedLinear)
+    assert torch.allclose(packed(x), QuantLinear(weight)(x), atol=1e-5)
+    table = PackedEmbedding(native.pack(weight), torch.float32)
+    assert torch.allclose(table(torch.tensor([[1, 2]])), weight.dequantise()[[1, 2]][None], atol=1e-7)
+
+
+def test_greedy_row_by_row() -> None:
+    logits = torch.randn(3, 501, generator=torch.Generator().manual_seed(1)) * 8
+    logits[2, 7] = float("nan")
+    best, total = native.greedy(logits)
+    assert best[:2] == logits[:2].argmax(-1).tolist()
+    assert torch.allclose(torch.tensor(total[:2]), logits[:2].logsumexp(-1), atol=1e-5)
+    assert total[2] != total[2]
+
+
+def test_a_nan_stays_with_its_sequence(isa: str) -> None:
+    ours, _ = quantised_model(CONFIGS["glm-4"], FORMS[0], mixed=False)
+    ours.embed.weight[5] = float("nan")
+    good = chunk([1, 2, 3], 0, 1, [0], 1)
+    alone = NativeRunner(ours, 4).run([good])
+    runner = NativeRunner(ours, 4)
+    both = runner.run([chunk([5, 2, 3], 0, 1, [1], 1), good])
+    assert both[0].isnan().all() and torch.equal(both[1], alone[0])
