@@ -240,6 +240,7 @@ def doctor_value(o: argparse.Namespace) -> dict[str, Any]:
         "torch": _torch_facts(),
         "cpu": _cpu_facts(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "native": _native_facts(),
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
         "bundled_model": _bundled_fact(),
         "extras": {name: {"present": _present(name), "gives": gives} for name, gives in EXTRAS.items()},
@@ -255,6 +256,8 @@ def doctor_print(value: dict[str, Any]) -> None:
         ("cpu", ", ".join([cpu["model"], _count(cpu["cores"], "core"), _count(torch["threads"], "thread"),
                            " ".join(cpu["features"])])),
         ("memory", _size(value["memory_bytes"])),
+        ("native", f"{value['native']['isa']} kernels on {_count(value['native']['threads'], 'thread')}"
+         if value["native"]["available"] else "not built: PyTorch's operators run instead, several times slower"),
         ("compiler", value["compiler"] or "none: a C++ compiler is needed for native kernels only"),
         ("model", value["bundled_model"]),
     ]
@@ -262,6 +265,14 @@ def doctor_print(value: dict[str, Any]) -> None:
         rows.append((name, ("present" if entry["present"] else "absent ") + f"  {entry['gives']}"))
     for name, text in rows:
         print(f"{name:<12} {text}")
+
+
+def _native_facts() -> dict[str, Any]:
+    try:
+        from openglm.ops.native import describe
+    except ImportError:  # no torch
+        return {"available": False}
+    return describe()
 
 
 def _count(n: int, noun: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openglm.ops.native import unpack_gguf
 from openglm.ops.quant import QuantTensor, Weight
 
 __all__ = ["TYPES", "GgufType", "decode", "encode", "kept_type", "type_name"]
@@ -72,11 +73,14 @@ def decode(type: str, data: Tensor, shape: tuple[int, ...]) -> Weight:
     q = np.empty((blocks.shape[0], TYPES[type].block * bits // 8), np.uint8 if bits == 4 else np.int8)
     scale = np.empty((blocks.shape[0], TYPES[type].block // group), np.float16)
     minimum = np.empty_like(scale) if has_minimum else None
-    for part in _chunks(blocks):
-        unpack(blocks[part], q[part], scale[part], None if minimum is None else minimum[part])
-    parts = [None if a is None else torch.from_numpy(a).view(rows, -1) for a in (q, scale, minimum)]
+    parts = [None if a is None else torch.from_numpy(a) for a in (q, scale, minimum)]
     assert parts[0] is not None and parts[1] is not None
-    return QuantTensor(parts[0], parts[1], parts[2])
+    if not unpack_gguf(type, data.view(blocks.shape), parts[0], parts[1], parts[2]):
+        for part in _chunks(blocks):
+            unpack(blocks[part], q[part], scale[part], None if minimum is None else minimum[part])
+    q_part, scale_part, minimum_part = (None if t is None else t.view(rows, -1) for t in parts)
+    assert q_part is not None and scale_part is not None
+    return QuantTensor(q_part, scale_part, minimum_part)
 
 
 def _chunks(blocks: Array) -> Iterator[slice]:

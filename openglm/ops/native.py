@@ -31,6 +31,7 @@ __all__ = [
 
 INT4, INT6, INT8, F32, F16, BF16 = range(6)
 KINDS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
+THREADS = torch.get_num_threads()  # seen at import: readers of weights turn theirs down to one for a while
 MLPS = {"gelu": 0, "geglu": 1, "swiglu": 2}
 
 
@@ -110,7 +111,7 @@ def library() -> ctypes.CDLL | None:
     if (wanted := os.environ.get("OPENGLM_ISA")) and not lib.og_use_isa(wanted.encode()):
         names = ", ".join(_isas(lib))
         raise ValueError(f"OPENGLM_ISA={wanted} does not run here: {names} do")
-    lib.og_set_threads(torch.get_num_threads())
+    lib.og_set_threads(THREADS)
     return lib
 
 
@@ -141,7 +142,7 @@ def use_isa(name: str) -> None:
 
 
 def set_threads(n: int) -> None:
-    """Threads of every later call; torch.get_num_threads() at the start."""
+    """Threads of every later call; PyTorch's number at the start."""
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
     lib = library()

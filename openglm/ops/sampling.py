@@ -24,6 +24,9 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 GREEDY_BELOW = 1e-5  # a smaller temperature would overflow float32 and pick the arg-max anyway
 _LIKELY = 1e-4  # share of the mass above which a token is looked at first: there are at most 10,000 such tokens
 _CHUNK = 512
+# Elements that PyTorch works on with one thread. Its other threads spin for a while after their work, on the CPUs that
+# the native library's need for the next pass.
+_ONE_THREAD = 16384
 _LOG2E = math.log2(math.e)
 _MASK64 = 2**64 - 1
 
@@ -48,7 +51,9 @@ def log_normaliser(row: Tensor, peak: float) -> float:
         return math.nan
     # exp2 is nearly twice as fast as exp. The shift is a float32, so that the sum knows it exactly.
     shift = float(np.float32(peak * _LOG2E))
-    total = float(torch.add(torch.tensor(-shift), row, alpha=_LOG2E).exp2_().sum())
+    offset, total = torch.tensor(-shift), 0.0
+    for part in row.split(_ONE_THREAD):
+        total += float(torch.add(offset, part, alpha=_LOG2E).exp2_().sum())
     return (shift + math.log2(total)) / _LOG2E if total > 0.0 else math.nan
 
 
