@@ -28,6 +28,7 @@ __all__: list[str] = []
 EXTRAS = {
     "pyarrow": "reads .parquet (pip install 'openglm[data]')",
     "datasets": "reads hub data sets by id (pip install 'openglm[data]')",
+    "xgrammar": "holds answers to a JSON schema or regular expression (pip install 'openglm[grammar]')",
     "tensorboard": "training curves for tensorboard: true (pip install 'openglm[tensorboard]')",
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")

@@ -134,10 +134,12 @@ class Grammar:
     """What an answer must look like, in full. text: the JSON schema (as JSON), regular expression or EBNF grammar.
 
     kind: "json" (any JSON; no text), "json_schema", "regex", "ebnf" (GBNF's notation; the start symbol is `root`).
+    continues: the answer goes on from other text, so that a space at its start counts (see `Tokenizer.decode`).
     """
 
     kind: Literal["json", "json_schema", "regex", "ebnf"]
     text: str = ""
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("json", "json_schema", "regex", "ebnf"):

@@ -49,15 +49,18 @@ class Drawn:
 
 
 class GrammarState(Protocol):
-    """Where one answer stands in a grammar.
-
-    done: the answer is complete and nothing may follow, not even more blanks.
-    """
-
-    done: bool
+    """Where one answer stands in a grammar (`engine.grammar.TokenGrammar`)."""
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """(vocab_size,) bool: ids that may come next; stop ids where the answer may end."""
+        """(vocab_size,) bool, the caller's own: ids of text that may come next."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer is complete, be it that more may follow."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is complete and nothing may follow."""
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that is allowed."""
@@ -134,7 +137,7 @@ class Sampler:
         self.n_accepted += 1
         if self._counts is not None and token_id not in self._stop_ids:
             self._counts.add(token_id)
-        if self.grammar is not None:
+        if self.grammar is not None and token_id not in self._stop_ids:
             self.grammar.accept(token_id)
 
     def adjusted(self, row: Tensor) -> Tensor:
@@ -148,17 +151,15 @@ class Sampler:
         if self._bias is not None:
             ids, values = (x.to(row.device) for x in self._bias)
             row[ids] += values
-        allowed = None if self.grammar is None else self.grammar.allowed()
-        if waits:
-            stop_ids = sorted(self._stop_ids)
-            if allowed is None:
-                row[stop_ids] = -torch.inf
-            else:
-                longer = allowed.copy()
-                longer[stop_ids] = False
-                allowed = longer if longer.any() else allowed  # where a grammar only leaves the end, it ends
-        if allowed is not None:
+        stop_ids = sorted(self._stop_ids)
+        if self.grammar is not None:
+            allowed = self.grammar.allowed()
+            allowed[stop_ids] = False
+            if self.grammar.may_end and not (waits and allowed.any()):  # where a grammar only leaves the end, it ends
+                allowed[stop_ids] = True
             row.masked_fill_(torch.from_numpy(~allowed).to(row.device), -torch.inf)
+        elif waits:
+            row[stop_ids] = -torch.inf
         return row
 
     def _penalise(self, row: Tensor, ids: Tensor, counts: Tensor) -> None:
