@@ -66,15 +66,18 @@ class Alternate:
     """A grammar: odd and even ids in turn, nine of them."""
 
     def __init__(self) -> None:
-        self.n, self.done = 0, False
+        self.n, self.done, self.may_end = 0, False, False
+
+    def accepts(self, token_id: int) -> bool:
+        return token_id % 2 == self.n % 2
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         return np.arange(N_IDS) % 2 == self.n % 2
 
     def accept(self, token_id: int) -> None:
-        assert token_id % 2 == self.n % 2
+        assert self.accepts(token_id)
         self.n += 1
-        self.done = self.n == 9
+        self.done = self.may_end = self.n == 9
 
 
 def params_of(number: int) -> SamplingParams:

@@ -69,6 +69,7 @@ SCHEMAS: list[Any] = [
     {"type": "object", "properties": {"never": False, "quote\"d": {"const": True}}, "required": ["quote\"d"]},
     {"anyOf": [{"type": "integer", "maximum": -1}, {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}]},
     {"allOf": [{"type": "boolean"}], "title": "one", "x-vendor": 1}, {"minimum": 3}, PERSON, TREE, SHAPES,
+    {"type": "string", "maxLength": 500}, {"type": "string", "pattern": "^[^é]{130,200}$"},
     {"type": "object", "properties": {"when": {"type": "string", "format": "date-time"}, "day": {"type": "string",
      "format": "date"}, "id": {"type": "string", "format": "uuid"}, "ip": {"type": "string", "format": "ipv4"},
      "mail": {"type": "string", "format": "email"}}, "required": ["when", "day", "id", "ip", "mail"]},

@@ -145,7 +145,8 @@ def test_dependencies_are_what_the_package_imports() -> None:
         return {modules.get(m.group().lower(), m.group().lower().replace("-", "_")) for m in found if m}
 
     needed = names_of(project["dependencies"])
-    extra = names_of([r for group in ("data", "tensorboard", "grammar") for r in project["optional-dependencies"][group]])
+    extras = project["optional-dependencies"]
+    extra = names_of([r for group in ("data", "tensorboard", "grammar") for r in extras[group]])
     imported = set()
     for path in files(("openglm",), {".py"}):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

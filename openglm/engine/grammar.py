@@ -143,7 +143,10 @@ class TokenGrammar:
         return bits.astype(bool)
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """(vocab_size,) bool, the caller's own: ids of text that may come next."""
+        """(vocab_size,) bool, the caller's own: ids of text that may come next.
+
+        xgrammar lets a few too many through where something may be repeated more than 128 times: ask `accepts`.
+        """
         return self._may_follow()[:-1].copy()
 
     @property
@@ -156,10 +159,20 @@ class TokenGrammar:
         """Whether it is complete and nothing may follow."""
         return self.may_end and not self._may_follow()[:-1].any()
 
+    def _matcher_of(self, token_id: int) -> Any:
+        return self._matchers[int(self._starts_with_space[token_id]) if len(self._matchers) > 1 else 0]
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        matcher = self._matcher_of(token_id)
+        if not matcher.accept_token(token_id):
+            return False
+        matcher.rollback(1)
+        return True
+
     def accept(self, token_id: int) -> None:
         """Move on by a token that is allowed."""
-        if len(self._matchers) > 1:
-            self._matchers = [self._matchers[int(self._starts_with_space[token_id])]]
+        self._matchers = [self._matcher_of(token_id)]
         accepted = self._matchers[0].accept_token(token_id)
         assert accepted, f"token {token_id} is not allowed here"
         self._next = None

@@ -3,6 +3,9 @@
     python -m pytest -q tests/test_grammar.py
 
 Between tokens stands at most one blank, or a line break with indent: a model cannot go on with blanks for ever.
+
+Rules are flat where many tokens may follow: xgrammar finds these once for each place of a rule, but anew in every step
+where it depends on what comes behind the rule (25 ms instead of 30 microseconds for a vocabulary of 65,000).
 """
 
 from __future__ import annotations
@@ -13,18 +16,21 @@ from typing import Any
 from openglm.engine.number_grammar import INTEGER, NUMBER
 from openglm.engine.regex_grammar import Ranges, char_class, literal, without
 
-__all__ = ["BASE", "FORMATS", "PLAIN", "json_to_ebnf", "spelled", "spelled_char", "type_of"]
+__all__ = ["BASE", "CHARS", "FORMATS", "PLAIN", "json_to_ebnf", "spelled", "spelled_char", "type_of"]
 
 # Characters that stand in a JSON string as they are, and escapes; none of these is half of a surrogate pair.
 PLAIN: Ranges = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF))
 _SHORT = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
 _HEX = "[0-9a-fA-F]"
+CHARS = (
+    char_class(PLAIN), '"\\\\" ["\\\\/bfnrt]', f'"\\\\u" [0-9abcefABCEF] {_HEX} {_HEX} {_HEX}',
+    f'"\\\\u" [dD] [0-7] {_HEX} {_HEX}',
+)  # fmt: skip
 BASE = f"""\
 ws ::= (" " | "\\n" [ \\t]{{0,32}})?
 comma ::= ws "," ws
 colon ::= ws ":" ws
-char ::= {char_class(PLAIN)} | "\\\\" ( ["\\\\/bfnrt] | "u" ([0-9abcefABCEF] {_HEX}{{3}} | [dD] [0-7] {_HEX}{{2}}) )
-string ::= "\\"" char* "\\""
+string ::= "\\"" ({" | ".join(CHARS)})* "\\""
 integer ::= {INTEGER}
 number ::= {NUMBER}
 boolean ::= "true" | "false"
@@ -55,12 +61,11 @@ def json_to_ebnf() -> str:
 
 
 def spelled_char(ranges: Ranges) -> str:
-    """One character of these ranges as it is spelled within a JSON string."""
-    plain = without(ranges, ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)))
-    out = [char_class(plain)] if plain else []
-    for code in (*range(0x20), 0x22, 0x5C):
-        if any(a <= code <= b for a, b in ranges):
-            out.append(literal(f"\\{_SHORT[code]}" if code in _SHORT else f"\\u{code:04x}"))
+    """One character of these ranges as it is spelled within a JSON string; by an escape only if all have to be."""
+    if plain := without(ranges, ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))):
+        return char_class(plain)
+    codes = [code for low, high in ranges for code in range(low, high + 1)]
+    out = [literal(f"\\{_SHORT[code]}" if code in _SHORT else f"\\u{code:04x}") for code in codes]
     return out[0] if len(out) == 1 else "(" + " | ".join(out) + ")"
 
 

@@ -52,7 +52,10 @@ class GrammarState(Protocol):
     """Where one answer stands in a grammar (`engine.grammar.TokenGrammar`)."""
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """(vocab_size,) bool, the caller's own: ids of text that may come next."""
+        """(vocab_size,) bool, the caller's own: ids of text that may come next; now and then one too many."""
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether one of them may come next in truth."""
 
     @property
     def may_end(self) -> bool:
@@ -170,6 +173,19 @@ class Sampler:
             scores = scores - counts * p.frequency_penalty - (counts > 0) * p.presence_penalty
         row[ids] = scores
 
+    def _choose(self, adjusted: Tensor) -> int | None:
+        """One id of adjusted logits, of which those that the grammar let through wrongly are struck; None: no token."""
+        p, values, attempt = self.params, adjusted.numpy(), 0
+        while math.isfinite(values[best := int(values.argmax())]):
+            if not self.greedy:
+                u = uniform(self.seed + attempt, self.n_accepted)
+                best = pick(adjusted, p.temperature, p.top_k, p.top_p, p.min_p, u)
+            if self.grammar is None or best in self._stop_ids or self.grammar.accepts(best):
+                return best
+            values[best] = -math.inf
+            attempt += 1
+        return None
+
     def _draw_on_cpu(self, row: Tensor) -> Drawn:
         p, logits = self.params, row.numpy()
         best = int(logits.argmax())  # of NaN, where there is one
@@ -178,12 +194,10 @@ class Sampler:
             return Drawn(NO_TOKEN, math.nan, error=FloatingPointError(_DAMAGED))
         adjusted = self.adjusted(row)
         if adjusted is not row or not self.greedy:
-            values = adjusted.numpy()
-            best = int(values.argmax())
-            if not math.isfinite(values[best]):
+            chosen = self._choose(adjusted)
+            if chosen is None:
                 return Drawn(NO_TOKEN, math.nan, error=ValueError(_IMPOSSIBLE))
-            if not self.greedy:
-                best = pick(adjusted, p.temperature, p.top_k, p.top_p, p.min_p, uniform(self.seed, self.n_accepted))
+            best = chosen
         top: tuple[tuple[int, float], ...] = ()
         if p.top_logprobs:
             ids = largest(logits, p.top_logprobs, float(logits.max()) - _LIKELY_NATS)

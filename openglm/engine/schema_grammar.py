@@ -4,7 +4,8 @@
 
 The grammar may allow less than the schema, never more: properties come in the schema's order, an object with
 `properties` has no others unless `additionalProperties` says so, `prefixItems` are all there unless `minItems` is
-smaller, and a `pattern` describes the whole string.
+smaller, a `pattern` describes the whole string, and in it, in names beside `properties` and in strings of limited
+length above 64, no quote, backslash or line break can stand unless the pattern names it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from openglm.engine.json_grammar import BASE, FORMATS, PLAIN, spelled, spelled_char, type_of
+from openglm.engine.json_grammar import BASE, CHARS, FORMATS, PLAIN, spelled, spelled_char, type_of
 from openglm.engine.number_grammar import Bound, integer_between, number_between
 from openglm.engine.regex_grammar import Ranges, char_class, literal, regex_to_ebnf, without
 
@@ -35,6 +36,7 @@ KEYWORDS: dict[str, frozenset[str]] = {
 }
 ELSEWHERE = frozenset(["type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"])
 KNOWN = NOTES.union(ELSEWHERE, *KEYWORDS.values())
+_LONG = 64  # characters; in longer strings of limited length no escapes are allowed
 
 def schema_to_ebnf(schema: Any) -> str:
     """The grammar of a schema, a parsed JSON value. Raises ValueError naming the keyword that cannot be held to."""
@@ -257,7 +259,17 @@ class _Converter:
         if not limited:
             return "string"
         low, high = self._span(schema, ("minLength", "maxLength"), 0, where)
-        return f'"\\"" char{{{low},{"" if high is None else high}}} "\\""'
+        return f'"\\"" {self._chars(low, high)}'
+
+    def _chars(self, low: int, high: int | None) -> str:
+        """low..high characters and the quote behind them: one rule for each place; of long ones without escapes."""
+        if max(low, high or 0) > _LONG:
+            return f'{char_class(PLAIN)}{{{low},{"" if high is None else high}}} "\\""'
+        rule = '"\\""' if high is not None else f'({" | ".join(CHARS)})* "\\""'
+        for place in reversed(range(low if high is None else high)):
+            name = self._rule(rule, "chars")
+            rule = " | ".join(f"{char} {name}" for char in CHARS) + (' | "\\""' if place >= low else "")
+        return self._rule(rule, "chars")
 
     # ---------------------------------------------------------------- arrays and objects
 
@@ -329,16 +341,17 @@ class _Converter:
 
     def _other_names(self, names: list[str]) -> str:
         """A string, spelled without escapes, that is none of these names."""
-        return f'"\\"" {self._differs(names)} "\\""'
+        free = self._rule(f'{char_class(PLAIN)}* "\\""', "free")
+        return f'"\\"" {self._differs(names, free)}'
 
-    def _differs(self, names: Iterable[str]) -> str:
+    def _differs(self, names: Iterable[str], free: str) -> str:
+        """What is left of such a string, the quote with it; `free` is the rest of one that already differs."""
         names = list(names)
         heads = sorted({name[0] for name in names if name})
         taken: Ranges = tuple((ord(c), ord(c)) for c in heads)
-        any_char = char_class(PLAIN)
-        branches = [f"{char_class(without(PLAIN, taken))} {any_char}*"]
+        branches = [f"{char_class(without(PLAIN, taken))} {free}"]
         for head in heads:
-            branches.append(f"{literal(head)} {self._differs(n[1:] for n in names if n and n[0] == head)}")
+            branches.append(f"{literal(head)} {self._differs((n[1:] for n in names if n and n[0] == head), free)}")
         if "" not in names:
-            branches.append('""')
-        return "(" + " | ".join(branches) + ")"
+            branches.append('"\\""')
+        return self._rule(" | ".join(branches), "differs")
