@@ -26,6 +26,7 @@ from openglm.cli_options import (
     parse_ids,
     place_options,
     print_json,
+    read_text,
     sampling,
     sampling_options,
 )
@@ -164,14 +165,7 @@ def _perplexity_options(p: Parser) -> None:
 def _perplexity(o: argparse.Namespace) -> int:
     import math
 
-    data = Path(o.text).read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{o.text} is not UTF-8 (byte {error.start}): convert it first, such as with iconv") from None
-    if not text:
-        raise ValueError(f"{o.text} is empty: there is nothing to score")
-    result = load_model(o).perplexity(text, o.window, o.stride)
+    result = load_model(o).perplexity(read_text(o.text), o.window, o.stride)
     if o.json:
         print_json(result)
     else:

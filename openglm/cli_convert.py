@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from openglm.cli_options import read_text
+
 __all__: list[str] = []
 
 FORMATS = ("openglm", "hf", "gguf", "sat")  # as openglm.convert.FORMATS, which --help need not import
@@ -85,17 +87,6 @@ def _spec(o: argparse.Namespace) -> Any:
         raise ValueError("--quantize-embeddings is --embeddings and --head at once: give either")
     both = o.quantize if o.quantize_embeddings else "none"
     return QuantSpec.parse(o.quantize, o.group, o.symmetric, o.method, o.embeddings or both, o.head or both)
-
-
-def read_text(name: str) -> str:
-    data = Path(name).read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it first, such as with iconv") from None
-    if not text.strip():
-        raise ValueError(f"{name} is empty: give a text")
-    return text
 
 
 def convert_print(value: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openglm.config import nearest
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parser", "clean", "common_options", "load_model", "model_option", "parse_ids", "place_options", "print_json",
-    "sampling", "sampling_options",
+    "read_text", "sampling", "sampling_options",
 ]  # fmt: skip
 
 
@@ -88,9 +89,12 @@ def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:
     if o.threads is not None:
         import torch
 
+        from openglm.ops.native import set_threads
+
         if o.threads < 1:
             raise ValueError(f"--threads must be at least 1, not {o.threads}")
         torch.set_num_threads(o.threads)
+        set_threads(o.threads)
     return ChatModel.load(o.model, o.device, o.dtype or dtype, o.adapter)
 
 
@@ -108,3 +112,15 @@ def print_json(value: Any) -> None:
 def clean(text: str) -> str:
     """Bytes of the command line that are no UTF-8 become U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def read_text(name: str) -> str:
+    """A UTF-8 file. Raises ValueError for another encoding and for one without text."""
+    data = Path(name).read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it first, such as with iconv") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty: give a text")
+    return text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from openglm.config import GLMConfig, RopeConfig
 from openglm.engine.runner import Chunk, TorchRunner
 from openglm.model.batch import ForwardBatch, PromptLayout, prompt_layout
 from openglm.model.init import init_weights
-from openglm.model.paged import PagedPool
+from openglm.model.paged import PagedPool, lazy_zeros
 from openglm.model.transformer import Transformer
 
 SPECIALS = {"[MASK]": 40, "[gMASK]": 41, "<sop>": 43}
@@ -147,3 +149,15 @@ def test_what_another_left_in_a_page_is_never_read() -> None:
 def test_an_unknown_kv_dtype_is_one_line() -> None:
     with pytest.raises(ValueError, match="unknown kv_dtype 'int4': give one of float32"):
         TorchRunner(model("causal"), 4, 4, "int4")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_pool_takes_memory_as_it_is_written_to() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for dtype in (torch.bfloat16, torch.int8):
+        zeros = lazy_zeros((1 << 28,), dtype)
+        assert zeros.dtype == dtype and zeros[::1 << 22].eq(0).all()
+        assert resident() - before < zeros.nbytes // 4

@@ -176,13 +176,20 @@ def test_layers_alone_compute_what_unpacked_ones_do() -> None:
     assert torch.allclose(table(torch.tensor([[1, 2]])), weight.dequantise()[[1, 2]][None], atol=1e-7)
 
 
-def test_greedy_row_by_row() -> None:
-    logits = torch.randn(3, 501, generator=torch.Generator().manual_seed(1)) * 8
-    logits[2, 7] = float("nan")
-    best, total = native.greedy(logits)
-    assert best[:2] == logits[:2].argmax(-1).tolist()
-    assert torch.allclose(torch.tensor(total[:2]), logits[:2].logsumexp(-1), atol=1e-5)
-    assert total[2] != total[2]
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_logits_do_not_depend_on_threads(n_threads: int) -> None:
+    before = native.describe()["threads"]
+    ours, _ = quantised_model(CONFIGS["glm-4"], FORMS[0], mixed=True)
+    ids = torch.randint(0, 72, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    expected = NativeRunner(ours, 4).run([chunk(ids, 0, 1, [0, 1, 2], 40)])
+    native.set_threads(n_threads)
+    try:
+        assert native.describe()["threads"] == n_threads
+        assert torch.equal(NativeRunner(ours, 4).run([chunk(ids, 0, 1, [0, 1, 2], 40)]), expected)
+    finally:
+        native.set_threads(before)
+    with pytest.raises(ValueError, match="at least 1"):
+        native.set_threads(0)
 
 
 def test_a_nan_stays_with_its_sequence(isa: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from openglm.engine.runner import KV_DTYPES, Chunk
 from openglm.model.linear import PackedEmbedding, PackedLinear, RowParts
+from openglm.model.paged import lazy_zeros
 from openglm.model.transformer import Block, Transformer
 from openglm.ops import native
 
@@ -60,10 +61,9 @@ class NativeRunner:
         self._struct = self._model_struct()
         dtype = KV_DTYPES[kv_dtype or natural_kv_dtype(model)]
         c = self.config
-        heads = (c.n_layers, n_pages, c.n_kv_heads)
-        self._keys, self._values = (torch.zeros(*heads, page_size * c.head_dim, dtype=dtype) for _ in range(2))
-        int8 = dtype == torch.int8
-        self._scales = [torch.zeros(*heads, page_size) for _ in range(2)] if int8 else []
+        rows = (c.n_layers, n_pages, c.n_kv_heads, page_size)
+        self._keys, self._values = (lazy_zeros((*rows, c.head_dim), dtype) for _ in range(2))
+        self._scales = [lazy_zeros(rows, torch.float32) for _ in range(2)] if dtype == torch.int8 else []
         scales: list[int | None] = [s.data_ptr() for s in self._scales] or [None, None]
         self._pool = native.PoolStruct(
             native.KINDS[dtype], page_size, n_pages, self._keys.data_ptr(), self._values.data_ptr(), *scales,

@@ -10,17 +10,19 @@ prompt was cut into pieces.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
 from openglm.ops.attention import attention, visible
 
-__all__ = ["PagedCache", "PagedPool", "Span"]
+__all__ = ["PagedCache", "PagedPool", "Span", "lazy_zeros"]
 
 _SINGLE = 1  # a sequence with one new token, as every answer that is being written
 
@@ -40,8 +42,7 @@ class Span(NamedTuple):
 class PagedPool:
     """Room for n_pages pages of page_size tokens. dtype int8: absmax of each token and head, with a float32 scale.
 
-    Elements: 2 * n_layers * n_pages * page_size * n_kv_heads * head_dim, taken at once. On a CPU the system gives
-    memory only to pages that were written to.
+    Elements: 2 * n_layers * n_pages * page_size * n_kv_heads * head_dim, taken at once; see `lazy_zeros`.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class PagedPool:
     ) -> None:
         self.n_pages, self.page_size, self.dtype = n_pages, page_size, dtype
         shape = (config.n_layers, 2, n_pages * page_size, config.n_kv_heads, config.head_dim)
-        self._data = torch.zeros(shape, dtype=dtype, device=device)
-        self._scale = torch.zeros(*shape[:-1], 1, device=device) if dtype == torch.int8 else None
+        self._data = lazy_zeros(shape, dtype, device)
+        self._scale = lazy_zeros((*shape[:-1], 1), torch.float32, device) if dtype == torch.int8 else None
 
     @property
     def n_bytes(self) -> int:
@@ -86,6 +87,13 @@ class PagedPool:
         if self._scale is not None:
             k, v = (x * self._scale[layer, i, slots].to(dtype) for i, x in enumerate((k, v)))
         return k, v
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """torch.zeros; on a CPU the system gives the memory page by page as it is written to, and none before."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class _Group(NamedTuple):

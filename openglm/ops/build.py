@@ -26,7 +26,7 @@ LIBRARY = Path(__file__).parent / ("_native.dll" if sys.platform == "win32" else
 
 # -ffp-contract=off: a product and a sum become one rounding only where the code says so, whatever is inlined.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
-COMMON = ["forward", "pack", "sampling", "threads"]
+COMMON = ["forward", "pack", "threads"]
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx2vnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],

@@ -9,9 +9,10 @@ a slower twin on PyTorch's operators, which is used where the library is not the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from openglm.ops.quant import QuantTensor
 
 __all__ = [
     "Batch", "ChunkStruct", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct", "PackedMatrix",
-    "PoolStruct", "available", "describe", "greedy", "library", "matrix_of", "pack", "packable", "set_threads",
+    "PoolStruct", "available", "describe", "library", "matrix_of", "pack", "packable", "set_threads",
     "unpack_gguf", "use_isa",
 ]  # fmt: skip
 
@@ -107,7 +108,6 @@ def library() -> ctypes.CDLL | None:
     lib.og_fits_int6.argtypes = [c_void_p, c_int64]
     lib.og_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     lib.og_unpack_gguf.argtypes = [ctypes.c_char_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
-    lib.og_greedy.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]
     if (wanted := os.environ.get("OPENGLM_ISA")) and not lib.og_use_isa(wanted.encode()):
         names = ", ".join(_isas(lib))
         raise ValueError(f"OPENGLM_ISA={wanted} does not run here: {names} do")
@@ -231,17 +231,11 @@ def pack(weight: QuantTensor) -> PackedMatrix:
 
 def huge(n_bytes: int) -> Tensor:
     """(n_bytes,) uint8, on huge pages where the system gives them: fewer page table look-ups while streaming."""
-    if n_bytes < 1 << 22 or not hasattr(os, "posix_fadvise"):
+    if n_bytes < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n_bytes, dtype=torch.uint8)
-    import mmap
-
-    size = -(-n_bytes // (1 << 21)) * (1 << 21)
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
+    memory = mmap.mmap(-1, -(-n_bytes // (1 << 21)) * (1 << 21))
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8, count=n_bytes)
 
 
@@ -265,13 +259,3 @@ def unpack_gguf(kind: str, blocks: Tensor, q: Tensor, scale: Tensor, minimum: Te
         kind.encode(), blocks.data_ptr(), len(blocks), q.data_ptr(), scale.data_ptr(), pointer
     )  # fmt: skip
     return bool(done)
-
-
-def greedy(logits: Tensor) -> tuple[Sequence[int], Sequence[float]]:
-    """(arg-max, log of the sum of exponentials) of each row of (n, V) float32; the latter is NaN where a value is."""
-    lib = library()
-    assert lib is not None and logits.dtype == torch.float32 and logits.stride(-1) == 1
-    n = len(logits)
-    best, total = (c_int64 * n)(), (c_float * n)()
-    lib.og_greedy(logits.data_ptr(), n, logits.shape[1], logits.stride(0), best, total)
-    return list(best), list(total)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QuantParts", "QuantTensor", "Weight", "pack_int4", "unpack_int4"]
+__all__ = ["QuantParts", "QuantTensor", "Weight", "floats", "pack_int4", "unpack_int4"]
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,8 @@ def pack_int4(values: Tensor) -> Tensor:
     """(rows, 2n) integers of 0..15 -> (rows, n) uint8: the inverse of `unpack_int4`."""
     pairs = values.to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def floats(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor itself, in its own dtype, or a quantised one in `dtype`."""
+    return weight.dequantise(dtype) if isinstance(weight, QuantTensor) else weight

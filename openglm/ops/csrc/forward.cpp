@@ -50,7 +50,6 @@ struct Workspace {
   Buffer h, x, qkv, attended, middle, y, cosines, sines, wide;
   Quantised activations, activations_ffn;
   std::vector<Mine> mine;
-  std::vector<OgTile> tiles;
 };
 
 bool wants_bytes(const OgLinear &l) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "openglm.h"
+#include "simd.h"
 #include "threads.h"
 
 namespace openglm {
@@ -71,27 +72,7 @@ void pack_scales(const uint16_t *from, int64_t rows, int64_t row, int64_t groups
 inline float half(const uint8_t *p) {
   uint16_t h;
   memcpy(&h, p, 2);
-  uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
-  float value = exponent ? (1.0f + mantissa / 1024.0f) * (exponent >= 25 ? (float)(1 << (exponent - 25)) * 1024.0f
-                                                                        : 1024.0f / (float)(1 << (25 - exponent)))
-                         : (float)mantissa * 5.9604644775390625e-8f;
-  return h & 0x8000 ? -value : value;
-}
-
-inline uint16_t to_half(float f) { // rounds to nearest, ties to even; what does not fit becomes infinity
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  uint32_t sign = (bits >> 16) & 0x8000, x = bits & 0x7FFFFFFFu;
-  if (x >= 0x477FF000u) return (uint16_t)(sign | (x > 0x7F800000u ? 0x7E00 : 0x7C00));
-  if (x < 0x38800000u) {
-    float shifted;
-    memcpy(&shifted, &x, 4);
-    shifted += 0.5f;
-    memcpy(&x, &shifted, 4);
-    return (uint16_t)(sign | (x - 0x3F000000u));
-  }
-  x += 0xC8000FFFu + ((x >> 13) & 1);
-  return (uint16_t)(sign | (x >> 13));
+  return half_to_float(h);
 }
 
 // GGUF keeps 2n columns in n bytes, the first n in the low halves; ours are neighbours.
@@ -146,14 +127,14 @@ const Form FORMS[] = {
        for (int i = 0; i < 8; i++) {
          int scale, minimum;
          scale_min(b + 4, i, &scale, &minimum);
-         s[i] = to_half(d * (float)scale);
-         m[i] = to_half(-lowest * (float)minimum);
+         s[i] = float_to_half(d * (float)scale);
+         m[i] = float_to_half(-lowest * (float)minimum);
        }
        for (int i = 0; i < 4; i++) neighbours(b + 16 + 32 * i, 32, q + 32 * i);
      }},
     {"Q6_K", 256, 210, 16, [](const uint8_t *b, uint8_t *q, uint16_t *s, uint16_t *) {
        float d = half(b + 208);
-       for (int i = 0; i < 16; i++) s[i] = to_half(d * (float)(int8_t)b[192 + i]);
+       for (int i = 0; i < 16; i++) s[i] = float_to_half(d * (float)(int8_t)b[192 + i]);
        for (int n = 0; n < 2; n++)
          for (int i = 0; i < 32; i++) {
            uint8_t h = b[128 + 32 * n + i], a = b[64 * n + i], c = b[64 * n + 32 + i], *to = q + 128 * n + i;
