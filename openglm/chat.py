@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,11 @@ import torch
 from openglm.config import nearest
 from openglm.engine import Engine, FinishReason, fill_blanks, score
 from openglm.engine.fill import MASKS
-from openglm.loading import open_reference, resolve
+from openglm.engine.grammar import Grammars
+from openglm.formats.matcher import StopText
+from openglm.loading import default_dtype, open_reference, pick_device, resolve
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.load import load_weights
-from openglm.model.opened import OpenedModel
 from openglm.tokenizer import Detokenizer, Tokenizer
 from openglm.types import Event, Message, SamplingParams, ToolSpec
 
@@ -98,7 +98,7 @@ class ChatModel:
         ValueError in one line for whatever cannot be loaded.
         """
         source = resolve(reference)
-        place = _device(device)
+        place = pick_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}")
         if isinstance(source, str):
@@ -107,11 +107,13 @@ class ChatModel:
             kind = DTYPES[dtype or "float32"] if dtype or place.type == "cpu" else None
             return cls(_random_engine(source, place, kind), None, None, CheckpointMeta())
         found = open_reference(source, adapter, chat_format)
-        kind = DTYPES[dtype] if dtype else _default_dtype(found.opened, place)
+        kind = DTYPES[dtype] if dtype else default_dtype(found.opened, place)
         model = load_weights(found.opened, place, kind, packed=True)
         tokenizer, meta = found.tokenizer, found.meta
         special = meta.special_ids or (tokenizer.special_ids if tokenizer else {})
-        engine = Engine(model, special, None if tokenizer is None else tokenizer.vocab_size)
+        if tokenizer is None:
+            return cls(Engine(model, special), None, found.chat_format, meta)
+        engine = Engine(model, special, tokenizer.vocab_size, grammar_state=Grammars(tokenizer))
         return cls(engine, tokenizer, found.chat_format, meta)
 
     @property
@@ -222,20 +224,27 @@ class ChatModel:
         return self._events(chat_format.parser(specs), self._fitted(chat_format, parsed, specs, params), params)
 
     def _events(self, parser: Parser, ids: list[int], params: SamplingParams) -> Iterator[Event]:
-        steps = self.engine.stream(ids, params)
+        steps, stop = self.engine.stream(ids, _for_engine(params)), StopText(params.stop_strings)
 
         def events() -> Iterator[Event]:
-            reason, called = None, False
+            reason: FinishReason | None = None
+            called = False
             for step in steps:
                 reason = step.finish_reason
                 found = list(parser.feed(step.token_id)) or [Event()]
                 found[0] = dataclasses.replace(found[0], token_ids=(step.token_id,))
                 for event in found:
                     called = called or event.tool_call is not None
-                    yield dataclasses.replace(event, finish_reason=None)
-            for event in parser.finish():
+                    yield dataclasses.replace(event, text=stop.feed(event.text), finish_reason=None)
+                if stop.found:
+                    reason = "stop"
+                    steps.close()
+                    break
+            for event in () if stop.found else parser.finish():
                 called = called or event.tool_call is not None
-                yield dataclasses.replace(event, token_ids=(), finish_reason=None)
+                yield dataclasses.replace(event, text=stop.feed(event.text), token_ids=(), finish_reason=None)
+            if rest := stop.finish():
+                yield Event(rest)
             assert reason != "error" and reason != "cancelled", "a stream raises, or just ends"
             yield Event(finish_reason="tool_calls" if called and reason == "stop" else reason)
 
@@ -298,11 +307,7 @@ class ChatModel:
     # ---------------------------------------------------------------- helpers
 
     def _head(self) -> list[int]:
-        """What stands in front of a text that is scored: [gMASK] <sop> where the model knows them."""
-        if self.meta.prompt_prefix is not None and not self.meta.prompt_suffix:
-            return list(self.meta.prompt_prefix)
-        special = self.engine.special_ids
-        return [special["[gMASK]"], special["<sop>"]] if "[gMASK]" in special and "<sop>" in special else []
+        return self.meta.text_head(self.engine.special_ids)
 
     def _text_stops(self) -> tuple[int, ...]:
         special = self.engine.special_ids
@@ -322,7 +327,7 @@ class TextStream:
     """Iterator over pieces of generated text, never half a character."""
 
     def __init__(self, model: ChatModel, ids: list[int], params: SamplingParams) -> None:
-        self._steps = model.engine.stream(ids, params)
+        self._steps, self._stop = model.engine.stream(ids, _for_engine(params)), StopText(params.stop_strings)
         self._detokenizer = None if model._tokenizer is None else Detokenizer(model._tokenizer)
         self._seen: list[Any] = []
         self._text: list[str] = []
@@ -330,13 +335,18 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         for step in self._steps:
             self._seen.append(step)
-            if self._detokenizer is not None:
-                piece = self._detokenizer.feed(step.token_id)
-                if step.finish_reason is not None:
-                    piece += self._detokenizer.finish()
-                if piece:
-                    self._text.append(piece)
-                    yield piece
+            if self._detokenizer is None:
+                continue
+            piece = self._stop.feed(self._detokenizer.feed(step.token_id))
+            if step.finish_reason is not None:
+                piece += self._stop.feed(self._detokenizer.finish()) + self._stop.finish()
+            if piece:
+                self._text.append(piece)
+                yield piece
+            if self._stop.found:
+                self._seen[-1] = dataclasses.replace(step, finish_reason="stop")
+                self._steps.close()
+                return
 
     def result(self) -> Generated:
         """All of it; to be asked after the last piece. The text is empty where there is no tokenizer."""
@@ -358,20 +368,6 @@ def load(
     return ChatModel.load(reference, device, dtype, adapter, chat_format)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: give auto, cpu or cuda") from None
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: give auto, cpu or cuda")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are): give --device cpu")
-    return place
-
-
 def _random_engine(reference: str, place: torch.device, dtype: torch.dtype | None) -> Engine:
     from openglm.model.init import init_weights
     from openglm.model.transformer import Transformer
@@ -382,13 +378,6 @@ def _random_engine(reference: str, place: torch.device, dtype: torch.dtype | Non
     return Engine(model.requires_grad_(False), {})
 
 
-def _default_dtype(opened: OpenedModel, place: torch.device) -> torch.dtype | None:
-    """As stored on a GPU. On a CPU float32, which every CPU multiplies fast, unless only the stored form fits."""
-    if place.type != "cpu":
-        return None
-    from openglm.model.cost import n_parameters
-
-    needed = 4 * n_parameters(opened.config)
-    if hasattr(os, "sysconf") and needed > 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return None
-    return torch.float32
+def _for_engine(params: SamplingParams) -> SamplingParams:
+    """Without what only the text side knows."""
+    return dataclasses.replace(params, stop_strings=()) if params.stop_strings else params

@@ -9,12 +9,16 @@ a .gguf file, or nothing: the bundled model. Nothing of the weights is read here
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from openglm.model.adapters import ADAPTER_CONFIG, ENCODER, apply_adapter, with_prefix
 from openglm.model.checkpoint import CONFIG, CheckpointMeta
+from openglm.model.cost import n_parameters
 from openglm.model.opened import OpenedModel, open_model
 from openglm.model.released import read_json
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from openglm.formats import ChatFormat
     from openglm.tokenizer import Tokenizer
 
-__all__ = ["BUNDLED", "Reference", "open_reference", "resolve"]
+__all__ = ["BUNDLED", "Reference", "default_dtype", "open_reference", "pick_device", "resolve"]
 
 BUNDLED = Path(__file__).parent / "assets" / "glm-nano"
 
@@ -161,3 +165,28 @@ def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | N
     stops = tuple(sorted({*opened.meta.stop_ids, *chat_format.stop_ids}))
     meta = dataclasses.replace(opened.meta, chat_format=name, stop_ids=stops)
     return Reference(dataclasses.replace(opened, meta=meta), tokenizer, chat_format)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, "auto" for cuda where there is one. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: give auto, cpu or cuda") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: give auto, cpu or cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are): give --device cpu")
+    return place
+
+
+def default_dtype(opened: OpenedModel, place: torch.device) -> torch.dtype | None:
+    """As stored on a GPU. On a CPU float32, which every CPU multiplies fast, unless only the stored form fits."""
+    if place.type != "cpu":
+        return None
+    needed = 4 * n_parameters(opened.config)
+    if hasattr(os, "sysconf") and needed > 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    return torch.float32

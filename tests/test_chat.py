@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from openglm.model.checkpoint import CheckpointMeta, read_config, save_checkpoin
 from openglm.model.init import init_weights
 from openglm.model.transformer import Transformer
 from openglm.tokenizer import Tokenizer
-from openglm.types import Message
+from openglm.types import Grammar, Message
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +315,34 @@ def test_a_base_model_does_not_chat(tiny_checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="no chat format.*use generate or fill"):
         model.stream(turns("x"))
     assert json.loads((tmp_path / "base" / "config.json").read_text())["chat_format"] is None
+
+
+# -------------------------------------------------------------------- stop strings and grammars
+
+
+def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model: ChatModel) -> None:
+    whole = model.generate("The quick", temperature=0, max_new_tokens=24)
+    assert len(whole) > 12
+    for start, end in ((3, 5), (4, 9), (6, 7), (len(whole) - 2, len(whole))):
+        stop = whole[start:end]
+        cut = model.generate("The quick", temperature=0, max_new_tokens=24, stop_strings=[stop, "never there"])
+        assert cut == whole[: whole.index(stop)] and cut.finish_reason == "stop"
+        assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
+    assert not model.engine.has_work
+    kept = model.generate("The quick", temperature=0, max_new_tokens=24, stop_strings=[whole[-3:] + "\0"])
+    assert kept == whole and kept.finish_reason == whole.finish_reason  # what was held back is given in the end
+
+
+def test_a_stop_string_ends_a_reply(model: ChatModel) -> None:
+    whole = model.chat(turns("Hello"), temperature=0, max_new_tokens=24).content
+    stop = whole[len(whole) // 2 :][:3]
+    events = list(model.stream(turns("Hello"), temperature=0, max_new_tokens=24, stop_strings=(stop,)))
+    assert "".join(e.text for e in events) == whole[: whole.index(stop)] and events[-1].finish_reason == "stop"
+
+
+def test_text_is_held_to_a_grammar(model: ChatModel) -> None:
+    pytest.importorskip("xgrammar")
+    grammar = Grammar("regex", "[a-z]{4}-[0-9]{3}")
+    for seed in range(5):
+        text = model.generate("The", seed=seed, temperature=1.5, max_new_tokens=40, grammar=grammar)
+        assert re.fullmatch("[a-z]{4}-[0-9]{3}", text) and text.finish_reason == "stop"

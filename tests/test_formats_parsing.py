@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openglm.formats import FORMATS
 from openglm.formats.calls import read_python, write_python
-from openglm.formats.matcher import ReplyText, cut
+from openglm.formats.matcher import ReplyText, StopText, cut
 from openglm.types import Message, ToolCall, ToolSpec
 from tests.format_helpers import BROWSER, PYTHON, SPECIALS_OF, TOOLS, call, format_named, parse, tokenizer_with
 
@@ -255,3 +255,21 @@ def test_built_in_tools_have_fixed_names() -> None:
     assert ToolSpec.from_dict({"type": "python"}) == PYTHON
     with pytest.raises(ValueError, match="no built-in tool 'bash'"):
         ToolSpec("bash", "", {}, builtin=True)
+
+
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(1, 5), min_size=30, max_size=30),
+)
+def test_text_ends_at_the_stop_string_that_is_complete_first(text: str, stops: list[str], cuts: list[int]) -> None:
+    """For every cutting into pieces; the reference looks at every beginning of the whole text."""
+    ends = [(n, stop) for n in range(len(text) + 1) for stop in stops if text[:n].endswith(stop)]
+    first = min((n for n, _ in ends), default=None)
+    expected = text if first is None else text[: first - max(len(s) for n, s in ends if n == first)]
+    matcher, out, at = StopText(stops), "", 0
+    for n in cuts:
+        out += matcher.feed(text[at : at + n])
+        at += n
+    out += matcher.finish()
+    assert out == expected and matcher.found == (first is not None)

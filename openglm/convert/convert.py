@@ -122,10 +122,7 @@ def _calibration_ids(reference: Reference, spec: QuantSpec, texts: Sequence[str]
         raise ValueError(f"--method {spec.method} looks at what the matrices see: give text with --calibration FILE")
     if reference.tokenizer is None:
         raise ValueError(f"{reference.opened.path} has no tokenizer to read text with: use --method mse")
-    meta = reference.meta
-    special = [meta.special_ids[name] for name in ("[gMASK]", "<sop>") if name in meta.special_ids]
-    known = meta.prompt_prefix is not None and not meta.prompt_suffix
-    head = list(meta.prompt_prefix or ()) if known else special if len(special) == 2 else []
+    head = reference.meta.text_head(reference.meta.special_ids)
     return windows([reference.tokenizer.encode(text) for text in texts], head, reference.opened.config.max_seq_len)
 
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from openglm.model.opened import OpenedModel
 from openglm.model.writer import OutputFolder
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import QuantTensor, Weight, floats
 from openglm.quant import QuantSpec, quantise
 from openglm.quant.calibrate import Calibration
 
-__all__ = ["Plan", "floats", "write_shards"]
+__all__ = ["Plan", "write_shards"]
 
 SHARD_BYTES = 2 << 30
 
@@ -54,11 +54,6 @@ class Plan:
         shape = self.shapes[name]
         spec = None if self.spec is None else self.spec.of(name, shape)
         return 2 * math.prod(shape) if spec is None else spec.n_bytes(shape)
-
-
-def floats(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight itself, or a quantised one in `dtype`."""
-    return weight.dequantise(dtype) if isinstance(weight, QuantTensor) else weight
 
 
 def _shards(plan: Plan) -> list[list[str]]:

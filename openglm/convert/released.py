@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openglm.config import GLMConfig
-from openglm.convert.plan import Plan, floats, write_shards
+from openglm.convert.plan import Plan, write_shards
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG
 from openglm.model.export import generation_config, hf_architecture, hf_config
@@ -26,7 +26,7 @@ from openglm.model.sat import cut
 from openglm.model.sources import dtype_name, pack_thudm_quant
 from openglm.model.weights import FAMILIES, export_weights, names_of
 from openglm.model.writer import OutputFolder
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import QuantTensor, Weight, floats
 from openglm.quant import quantise
 
 __all__ = ["to_hf", "to_sat"]
@@ -117,7 +117,7 @@ class RankPart:
             part = cut(name, weight, self.family, self.tp)[self.rank]
             form = None if spec is None else spec.of(ours, self.plan.shapes[ours])
             if form is not None:
-                part = quantise(part if isinstance(part, Tensor) else part.dequantise(), form)
+                part = quantise(floats(part), form)
             tensors |= _stored(name, part)
         return tensors
 

@@ -112,7 +112,7 @@ class Sampler:
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.greedy = params.temperature < GREEDY_BELOW
         if params.stop_strings:
-            raise ValueError("stop_strings need text and the engine knows none: use a ChatModel, or StopMatcher")
+            raise ValueError("stop_strings need text, which an engine does not know: give them to a ChatModel")
         if (params.grammar is None) != (grammar_state is None):
             raise ValueError("a grammar needs a tokenizer, and this engine was given none: use a ChatModel")
         bias = dict(params.logit_bias)

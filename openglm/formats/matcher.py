@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["TRAINING_TIME", "ReplyText", "cut"]
+__all__ = ["TRAINING_TIME", "ReplyText", "StopText", "cut"]
 
 TRAINING_TIME = ("[[训练时间]]", "2023年")  # what the ChatGLM models write for the date of their data, and its meaning
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
@@ -29,6 +29,37 @@ def cut(text: str, tags: Sequence[str]) -> tuple[str, str, str]:
         if any(tag.startswith(text[-n:]) for tag in tags):
             return text[:-n], "", text[-n:]
     return text, "", ""
+
+
+class StopText:
+    """Text up to the stop string that is complete first, however it comes in pieces; the string is no part of it.
+
+    found: it was met; what is fed from then on is dropped.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        # One that begins with another is never complete first.
+        self._stops = [s for s in stop_strings if not any(s != other and s.startswith(other) for other in stop_strings)]
+        self._held = ""  # may become a stop string
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """What is text for certain."""
+        if not self._stops:
+            return text
+        out = []
+        for character in text:
+            if self.found:
+                break
+            before, stop, self._held = cut(self._held + character, self._stops)
+            out.append(before)
+            self.found = bool(stop)
+        return "".join(out)
+
+    def finish(self) -> str:
+        """What was held back, which is text after all."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
 
 
 class ReplyText:

@@ -49,6 +49,13 @@ class CheckpointMeta:
     prompt_suffix: tuple[int, ...] = ()
     fill_suffix: tuple[int, ...] = ()
 
+    def text_head(self, special_ids: Mapping[str, int]) -> list[int]:
+        """What stands in front of a text that is scored: the known prefix, else [gMASK] <sop> where there are such."""
+        if self.prompt_prefix is not None and not self.prompt_suffix:
+            return list(self.prompt_prefix)
+        names = ("[gMASK]", "<sop>")
+        return [special_ids[name] for name in names] if all(name in special_ids for name in names) else []
+
 
 def save_checkpoint(
     folder: str | Path,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from openglm.model.batch import ForwardBatch, prompt_layout
 from openglm.model.load import build_transformer
 from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Transformer
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import floats
 
 __all__ = ["Divergence", "Quality", "TextQuality", "compare_models", "divergence", "logits_of", "windows"]
 
@@ -43,11 +43,7 @@ class Divergence:
     same: int = 0
 
     def __add__(self, other: Divergence) -> Divergence:
-        return Divergence(*(a + b for a, b in zip(_fields(self), _fields(other), strict=True)))
-
-
-def _fields(d: Divergence) -> tuple[Any, ...]:
-    return d.n, d.source_nll, d.nll, d.kl, d.same
+        return Divergence(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def divergence(source: Tensor, other: Tensor, targets: Tensor) -> Divergence:
@@ -140,10 +136,7 @@ def compare_models(source: Reference, converted: Reference, texts: Mapping[str, 
 
 def windows(ids: Sequence[int], reference: Reference, name: str) -> Iterator[tuple[list[int], int]]:
     """(ids, first scored): pieces of a text, evenly spread, behind what stands in front of any text."""
-    meta = reference.meta
-    special = [meta.special_ids[n] for n in ("[gMASK]", "<sop>") if n in meta.special_ids]
-    known = meta.prompt_prefix is not None and not meta.prompt_suffix
-    head = list(meta.prompt_prefix or ()) if known else special if len(special) == 2 else []
+    head = reference.meta.text_head(reference.meta.special_ids)
     body = min(WINDOW, reference.opened.config.max_seq_len) - len(head)
     if len(ids) < 2:
         raise ValueError(f"{name} has too few tokens to compare models on: give a longer text")
@@ -197,10 +190,6 @@ class _Track:
 # -------------------------------------------------------------------- weights
 
 
-def _floats(weight: Weight) -> Tensor:
-    return weight.dequantise() if isinstance(weight, QuantTensor) else weight.float()
-
-
 def _weights(source: OpenedModel, converted: OpenedModel) -> tuple[dict[str, tuple[float, ...]], tuple[Histogram, ...]]:
     """Relative error of each kind of matrix by block, and histograms of the first block's, the middle and the last."""
     n = source.config.n_layers
@@ -208,10 +197,10 @@ def _weights(source: OpenedModel, converted: OpenedModel) -> tuple[dict[str, tup
     folded, histograms = False, []
     for layer in range(n):
         for norm in ("norm1", "norm2"):
-            a, b = (_floats(m.get(f"layers.{layer}.{norm}.weight")) for m in (source, converted))
+            a, b = (floats(m.get(f"layers.{layer}.{norm}.weight")).float() for m in (source, converted))
             folded |= float((a - b).abs().max()) > 0.01 * float(a.abs().max())
         for name in MATRICES:
-            a, b = (_floats(m.get(f"layers.{layer}.{name}.weight")) for m in (source, converted))
+            a, b = (floats(m.get(f"layers.{layer}.{name}.weight")).float() for m in (source, converted))
             errors[name].append(float((a - b).norm() / a.norm().clamp(min=1e-20)))
             if layer in (0, n // 2, n - 1) and name in ("attn.qkv", "mlp.down"):
                 histograms.append(_histogram(f"layers.{layer}.{name}", a, b))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openglm.model.batch import ForwardBatch, prompt_layout
 from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Block, Transformer
-from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.quant import Weight, floats
 from openglm.quant.awq import Inputs, scale_block
 from openglm.quant.gptq import gptq
 from openglm.quant.rounding import quantise
@@ -85,7 +85,7 @@ class Calibration:
         self.layer += 1
         prefix = f"layers.{self.layer}."
         names = [name.removeprefix(prefix) for name in self.opened.names() if name.startswith(prefix)]
-        state = {leaf: _floats(self.opened.get(prefix + leaf)) for leaf in names}
+        state = {leaf: floats(self.opened.get(prefix + leaf)).float() for leaf in names}
         block = _block(self.opened, state)
         seen = {f"{name}.weight": _Seen(self.spec.method == "gptq") for name in MATRICES}
         hooks = [block.get_submodule(n).register_forward_pre_hook(seen[f"{n}.weight"].take) for n in MATRICES]
@@ -110,7 +110,7 @@ class Calibration:
         for name in self.opened.names():
             if name.startswith("embed"):
                 path, leaf = name.rsplit(".", 1)
-                setattr(model.get_submodule(path), leaf, nn.Parameter(_floats(self.opened.get(name)), False))
+                setattr(model.get_submodule(path), leaf, nn.Parameter(floats(self.opened.get(name)).float(), False))
         recorder = _Recorder()
         model.layers[0], model.norm = recorder, nn.Identity()
         for ids in self.ids.split(max(1, PASS_TOKENS // self.ids.shape[1])):
@@ -160,7 +160,3 @@ def _block(opened: OpenedModel, state: dict[str, Tensor]) -> Block:
         block = Block(opened.config, 0)
     block.load_state_dict(state, assign=True)
     return block.requires_grad_(False).eval()
-
-
-def _floats(weight: Weight) -> Tensor:
-    return weight.dequantise() if isinstance(weight, QuantTensor) else weight.float()
