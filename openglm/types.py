@@ -1,14 +1,18 @@
-"""Shared vocabulary of the package: messages, tool calls, sampling parameters, events. Imports no torch."""
+"""Shared vocabulary of the package: messages, tools and their calls, sampling parameters, events. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import index
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
-__all__ = ["BUILTIN_TOOLS", "Event", "Grammar", "Message", "Role", "SamplingParams", "ToolCall", "ToolSpec", "IGNORE"]
+__all__ = [
+    "BUILTIN_TOOLS", "Event", "Grammar", "IGNORE", "Message", "Observation", "Role", "SamplingParams", "StatefulTool",
+    "Tool", "ToolCall", "ToolContext", "ToolFile", "ToolSpec",
+]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -70,6 +74,82 @@ class ToolSpec:
             "cogview": "Draws an image from an English description.",
         }
         return cls(name, descriptions[name], schema, builtin=True)
+
+
+@dataclass(frozen=True)
+class ToolFile:
+    """A file that a tool made: its bytes, or the path where they lie (one of the two). name: relative, with slashes.
+
+    description: what a model that sees no pictures is told of it.
+    """
+
+    name: str
+    mime: str
+    content: bytes | None = None
+    path: Path | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.content is None) == (self.path is None):
+            raise ValueError(f"the file {self.name!r} of a tool needs its bytes or its path, and not both")
+
+    def read(self) -> bytes:
+        return self.path.read_bytes() if self.path is not None else self.content or b""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What came of a tool call. content: for the model; files, data (JSON): for people, pages and other tools.
+
+    error: the call failed, and content says why in words that help to make a better one.
+    """
+
+    content: str
+    files: tuple[ToolFile, ...] = ()
+    data: Mapping[str, Any] | None = None
+    error: bool = False
+
+
+def no_output(stream: str, text: str) -> None:
+    """The `on_output` of a caller that does not watch."""
+
+
+@dataclass(frozen=True)
+class ToolContext:
+    """What a tool knows of the call besides its arguments.
+
+    conversation: tools that keep state keep one for each. timeout_s: None leaves it to the tool.
+    on_output(stream, text): told of output as it comes, from any thread; stream is "stdout", "stderr" or "progress".
+    """
+
+    conversation: str = "default"
+    call_id: str | None = None
+    timeout_s: float | None = None
+    on_output: Callable[[str, str], None] = no_output
+
+
+class Tool(Protocol):
+    """Something a model may call. `call` is given arguments that fit `spec.parameters`.
+
+    It raises ValueError for arguments it cannot serve, with the remedy; other failures are an Observation with error
+    set. When its task is cancelled it stops what it began before CancelledError goes on.
+    """
+
+    @property
+    def spec(self) -> ToolSpec: ...
+
+    async def call(self, arguments: dict[str, Any], context: ToolContext) -> Observation: ...
+
+
+@runtime_checkable
+class StatefulTool(Protocol):
+    """A Tool that holds processes, connections or files between calls."""
+
+    async def end(self, conversation: str) -> None:
+        """Let go of what is held for one conversation."""
+
+    async def close(self) -> None:
+        """Let go of everything; later calls are refused."""
 
 
 @dataclass(frozen=True)
