@@ -24,6 +24,7 @@ from openglm.formats.matcher import StopText
 from openglm.loading import default_dtype, open_reference, pick_device, resolve
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.load import load_weights
+from openglm.quant.random_model import open_random
 from openglm.tokenizer import Detokenizer, Tokenizer
 from openglm.types import Event, Message, SamplingParams, ToolSpec
 
@@ -90,7 +91,7 @@ class ChatModel:
         chat_format: str | None = None,
     ) -> ChatModel:
         """A checkpoint folder (ours or as released), a .gguf file, "random:PRESET?field=value" (random weights, no
-        tokenizer), or None: the bundled model.
+        tokenizer; `open_random` says what goes there), or None: the bundled model.
 
         device: "auto" (cuda where present), "cpu", "cuda", "cuda:1". dtype: float32, bfloat16, float16; None: as
         stored on a GPU; on a CPU float32, or as stored where that does not fit. adapter: a LoRA or P-Tuning v2 folder
@@ -104,8 +105,9 @@ class ChatModel:
         if isinstance(source, str):
             if adapter is not None or chat_format is not None:
                 raise ValueError(f"{source} takes no adapter and no chat format: give a checkpoint")
-            kind = DTYPES[dtype or "float32"] if dtype or place.type == "cpu" else None
-            return cls(_random_engine(source, place, kind), None, None, CheckpointMeta())
+            opened = open_random(source)
+            kind = DTYPES[dtype] if dtype else default_dtype(opened, place)
+            return cls(Engine(load_weights(opened, place, kind, packed=True), {}), None, None, opened.meta)
         found = open_reference(source, adapter, chat_format)
         kind = DTYPES[dtype] if dtype else default_dtype(found.opened, place)
         model = load_weights(found.opened, place, kind, packed=True)
@@ -366,16 +368,6 @@ def load(
 ) -> ChatModel:
     """`ChatModel.load`: the model at a folder or file, "random:PRESET", or, given nothing, the bundled one."""
     return ChatModel.load(reference, device, dtype, adapter, chat_format)
-
-
-def _random_engine(reference: str, place: torch.device, dtype: torch.dtype | None) -> Engine:
-    from openglm.model.init import init_weights
-    from openglm.model.transformer import Transformer
-    from openglm.presets import parse_preset
-
-    config = parse_preset(reference.removeprefix("random:"))
-    model = init_weights(Transformer(config, device=place, dtype=dtype), seed=0)
-    return Engine(model.requires_grad_(False), {})
 
 
 def _for_engine(params: SamplingParams) -> SamplingParams:

@@ -278,6 +278,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("show what a model is, without loading its weights", *_lazy("inspect", "cli_inspect")),
     "inspect prompt": Command("show a conversation as the model sees it", *_lazy("prompt", "cli_inspect")),
     "plan": Command("say whether a model fits on given devices, and how fast it can be", *_lazy("plan", "cli_plan")),
+    "bench generate": Command("measure how fast a model answers on this machine", *_lazy("generate", "cli_bench")),
     "convert": Command("write a checkpoint in another form", *_lazy("convert", "cli_convert")),
     "doctor": Command("show what this machine and installation can do", *_lazy("doctor", "cli_inspect")),
 }

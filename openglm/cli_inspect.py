@@ -58,19 +58,14 @@ def inspect_options(p: argparse.ArgumentParser) -> None:
 
 def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
     from openglm.loading import open_reference, resolve
-    from openglm.model.checkpoint import CheckpointMeta
     from openglm.model.cost import kv_bytes_per_token, n_parameters, parameters_by_part
-    from openglm.presets import PRESETS, parse_preset
+    from openglm.presets import PRESETS
+    from openglm.quant.random_model import open_random
 
     source = resolve(o.model)
-    if isinstance(source, str):
-        config, meta, family = parse_preset(source.removeprefix("random:")), CheckpointMeta(), "random"
-        counts = parameters_by_part(config)
-        n_bytes, dtypes = {part: 4 * n for part, n in counts.items()}, {"float32": 4 * sum(counts.values())}
-    else:
-        opened = open_reference(source, o.adapter).opened
-        config, meta, family = opened.config, opened.meta, opened.family
-        n_bytes, dtypes = stored_bytes(opened)
+    opened = open_random(source) if isinstance(source, str) else open_reference(source, o.adapter).opened
+    config, meta, family = opened.config, opened.meta, opened.family
+    n_bytes, dtypes = stored_bytes(opened)
     same = [name for name, known in PRESETS.items() if known == config]
     return {
         "model": str(source),

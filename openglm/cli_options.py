@@ -55,7 +55,7 @@ def place_options(p: Parser) -> None:
 
 
 def model_option(p: Parser) -> None:
-    text = "checkpoint folder, .gguf file, or random:PRESET for random weights (default: the bundled model)"
+    text = "checkpoint folder, .gguf file, or random:PRESET[?quantize=int4] (default: the bundled model)"
     p.add_argument("model", nargs="?", help=text)
     p.add_argument("--adapter", metavar="DIR", help="a LoRA (PEFT) or P-Tuning v2 folder to put on top")
 

@@ -35,6 +35,8 @@ SURFACE = {
     "inspect prompt": ["model", "messages", "--json"],
     "plan": ["model", "--devices", "--precision", "--quantize", "--group", "--quantize-embeddings", "--kv", "--context",
              "--batch", "--tp", "--chunk", "--json"],
+    "bench generate": ["model", "--adapter", "--prompt-tokens", "--new-tokens", "--batch", "--repeats", *PLACE,
+                       "--json"],
     "convert": ["source", "target", "--format", "--quantize", "--group", "--symmetric", "--method", "--calibration",
                 "--embeddings", "--head", "--quantize-embeddings", "--dtype", "--tp", "--adapter", "--report", "--text",
                 "--json"],
