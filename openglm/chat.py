@@ -26,7 +26,7 @@ from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.load import load_weights
 from openglm.quant.random_model import open_random
 from openglm.tokenizer import Detokenizer, Tokenizer
-from openglm.types import Event, Message, SamplingParams, ToolSpec
+from openglm.types import Event, Message, SamplingParams, ToolSpec, Usage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,9 +230,9 @@ class ChatModel:
 
         def events() -> Iterator[Event]:
             reason: FinishReason | None = None
-            called = False
+            called, n_drawn = False, 0
             for step in steps:
-                reason = step.finish_reason
+                reason, n_drawn = step.finish_reason, n_drawn + 1
                 found = list(parser.feed(step.token_id)) or [Event()]
                 found[0] = dataclasses.replace(found[0], token_ids=(step.token_id,))
                 for event in found:
@@ -248,7 +248,8 @@ class ChatModel:
             if rest := stop.finish():
                 yield Event(rest)
             assert reason != "error" and reason != "cancelled", "a stream raises, or just ends"
-            yield Event(finish_reason="tool_calls" if called and reason == "stop" else reason)
+            usage = Usage(len(ids), n_drawn)
+            yield Event(finish_reason="tool_calls" if called and reason == "stop" else reason, usage=usage)
 
         return events()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 __all__ = [
-    "BUILTIN_TOOLS", "Event", "Grammar", "IGNORE", "Message", "Observation", "Role", "SamplingParams", "StatefulTool",
-    "Tool", "ToolCall", "ToolContext", "ToolFile", "ToolSpec",
+    "BUILTIN_TOOLS", "ChatBackend", "Event", "Grammar", "IGNORE", "Message", "Observation", "Role", "SamplingParams",
+    "StatefulTool", "Tool", "ToolCall", "ToolContext", "ToolFile", "ToolSpec", "Usage",
 ]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -307,12 +307,21 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 @dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer: its prompt, and what was drawn for it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
 class Event:
     """One piece of a streamed answer. `text` may be empty; `finish_reason` is set on the last one only.
 
     reasoning: a piece of what the model thinks before it answers; no part of `text`.
     finish_reason: "stop" (a stop id or stop string, or the grammar is complete), "tool_calls", "length"
     (max_new_tokens or the context is full).
+    usage: on the last one, where it is known (a server may keep it to itself).
     """
 
     text: str = ""
@@ -320,3 +329,21 @@ class Event:
     tool_call: ToolCall | None = None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     reasoning: str = ""
+    usage: Usage | None = None
+
+
+class ChatBackend(Protocol):
+    """Whatever answers a conversation: a ChatModel in this process, or a server at a URL (agent/http_backend.py)."""
+
+    def stream(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        tools: Sequence[ToolSpec | Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Event]:
+        """The assistant's next message as events; the last one carries the finish reason.
+
+        sampling: fields of SamplingParams. Closing or dropping the iterator ends the answer. Raises ValueError, in one
+        line, for what cannot be asked.
+        """
+        ...
