@@ -1,4 +1,5 @@
 # make chat    set up .venv and chat with the bundled model in the terminal
+# make serve   set up .venv and serve the bundled model: OpenAI's protocol, and a page at http://127.0.0.1:8000
 # make test    set up .venv and run every check: ruff, mypy, pytest
 # make lint    ruff and mypy alone
 # make clean   remove .venv, caches and build outputs
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test lint clean
+.PHONY: help chat serve test lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -34,7 +35,7 @@ COMPILER := command -v c++ >/dev/null || { command -v apt-get >/dev/null && [ "$
 $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@echo "make: installing OpenGLM and PyTorch into $(VENV); the first time this takes some minutes" >&2
-	@$(PIP_INSTALL) -e .
+	@$(PIP_INSTALL) -e '.[serve,grammar]'
 	@touch $@
 
 $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
@@ -45,6 +46,9 @@ $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
 
 chat: $(VENV)/.installed
 	@$(BIN)/openglm chat
+
+serve: $(VENV)/.installed
+	@$(BIN)/openglm serve
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

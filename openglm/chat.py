@@ -160,6 +160,23 @@ class ChatModel:
         """
         if n_beams > 1 and sampling.get("temperature"):
             raise ValueError("beam search does not draw: give either n_beams or a temperature")
+        defaults = {"temperature": 0.0, "max_new_tokens": FILL_MAX_NEW_TOKENS}
+        params = self._params(self._text_stops(), defaults, sampling)
+        ids, joined, shown = self.fill_prompt(text)
+        ids, blanks = fill_blanks(
+            self.engine, ids, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens, joined
+        )
+        return FillResult(
+            self.tokenizer.decode(ids),
+            tuple(shown(i, b.ids) for i, b in enumerate(blanks)),
+            tuple(b.finish_reason for b in blanks),
+            tuple(tuple((shown(i, c), value) for c, value in b.candidates) for i, b in enumerate(blanks)),
+        )
+
+    def fill_prompt(
+        self, text: str
+    ) -> tuple[list[int], Callable[[int, list[int]], list[int]], Callable[[int, Sequence[int]], str]]:
+        """(ids of a text with blanks, what puts a blank's answer in its place, what shows it); see `fill_blanks`."""
         tokenizer = self.tokenizer
         names = [name for name in MASKS if name in tokenizer.special_ids]
         marks = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)")
@@ -177,21 +194,11 @@ class ChatModel:
             found = tokenizer.decode(answer)
             return found[1:] if spaced[blank] and found.startswith(" ") else found
 
-        defaults = {"temperature": 0.0, "max_new_tokens": FILL_MAX_NEW_TOKENS}
-        params = self._params(self._text_stops(), defaults, sampling)
         ids = tokenizer.encode_marked("".join(pieces), names)
         if ids and ids[-1] not in {tokenizer.special_ids[name] for name in names}:
             ids += self.meta.fill_suffix
         ids = [*(self.meta.prompt_prefix or ()), *ids] if self.meta.prompt_suffix else ids
-        ids, blanks = fill_blanks(
-            self.engine, ids, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens, joined
-        )
-        return FillResult(
-            tokenizer.decode(ids),
-            tuple(shown(i, b.ids) for i, b in enumerate(blanks)),
-            tuple(b.finish_reason for b in blanks),
-            tuple(tuple((shown(i, c), value) for c, value in b.candidates) for i, b in enumerate(blanks)),
-        )
+        return ids, joined, shown
 
     # ---------------------------------------------------------------- chat
 

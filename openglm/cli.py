@@ -121,6 +121,18 @@ def _chat(o: argparse.Namespace) -> int:
     return chat_loop(load_model(o), o.system, sampling(o))
 
 
+def _serve_options(p: Parser) -> None:
+    from openglm.cli_serve import serve_options
+
+    serve_options(p)
+
+
+def _serve(o: argparse.Namespace) -> int:
+    from openglm.cli_serve import serve
+
+    return serve(o)
+
+
 # -------------------------------------------------------------------- scores
 
 
@@ -267,6 +279,7 @@ def _lazy(name: str, module: str) -> tuple[Callable[[Parser], None], Callable[[a
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("talk to a model in the terminal", _chat_options, _chat),
+    "serve": Command("answer OpenAI's protocol and show a chat page", _serve_options, _serve),
     "generate": Command("continue a text", _generate_options, _generate),
     "fill": Command("fill the blanks of a text", _fill_options, _fill),
     "logits": Command("write a model's logits for given token ids", _logits_options, _logits),

@@ -22,6 +22,9 @@ PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
 SURFACE = {
     "chat": ["model", "--adapter", "--system", *SAMPLING, *PLACE],
+    "serve": ["model", "--adapter", "--host", "--port", "--api-key", "--api-key-file", "--name",
+              "--requests-per-minute", "--concurrency", "--parallel", "--max-queue", "--max-tokens", "--max-body-mb",
+              "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", *PLACE],
     "generate": ["model", "--adapter", "--prompt", "--tokens", *SAMPLING, *PLACE, "--json"],
     "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",
              *SAMPLING, *PLACE, "--json"],
@@ -106,7 +109,9 @@ def test_module_and_script_agree() -> None:
         (["generat"], "unknown verb 'generat' (did you mean 'generate'?)"),
         (["data"], "data needs one of: prepare, check"),
         (["data", "prepair"], "unknown verb 'data prepair'"),
-        (["serve"], "unknown verb 'serve'"),
+        (["serve", "no/folder", "--port", "0"], "no model at no/folder"),
+        (["serve", "--port", "99999"], "--port must be 0 to 65535"),
+        (["serve", "--port", "0", "--api-key", "a b"], "an API key must be printable"),
         (["generate", "--promt", "x"], "unknown option --promt (did you mean '--prompt'?)"),
         (["generate"], "--prompt --tokens is required"),
         (["generate", "a", "b", "--prompt", "x"], "unexpected argument 'b'"),

@@ -15,7 +15,7 @@ from openglm.engine.engine import Engine
 from openglm.engine.request import FinishReason
 from openglm.types import SamplingParams
 
-__all__ = ["MASKS", "FilledBlank", "fill_blanks"]
+__all__ = ["MASKS", "Blanks", "FilledBlank", "fill_blanks"]
 
 MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
 
@@ -27,6 +27,56 @@ class FilledBlank:
     ids: tuple[int, ...]
     finish_reason: FinishReason
     candidates: tuple[Beam, ...]
+
+
+class Blanks:
+    """A text with blanks on its way to one without. order: their numbers, counted in the text, as they are filled.
+
+    Raises ValueError when there is no mask, or a model has no <sop> or sees only backwards.
+    """
+
+    def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
+        special = engine.special_ids
+        if engine.config.mask != "prefix" or "<sop>" not in special:
+            raise ValueError("this model sees only what comes before and cannot fill blanks: use generate")
+        masks = {special[name] for name in MASKS if name in special}
+        self._gmask, self._sop = special.get("[gMASK]"), special["<sop>"]
+        # Pieces of the text: a list of ids, or the number of a blank.
+        self._pieces: list[list[int] | int] = [[]]
+        self._kinds: list[int] = []
+        for token in ids:
+            if token in masks:
+                self._pieces += [len(self._kinds), []]
+                self._kinds.append(token)
+            else:
+                assert isinstance(self._pieces[-1], list)
+                self._pieces[-1].append(token)
+        if not self._kinds:
+            raise ValueError("the text has no blank: put [MASK] where words are missing (or [sMASK], [gMASK])")
+        self.order = sorted(range(len(self._kinds)), key=lambda blank: self._kinds[blank] == self._gmask)
+
+    def prompt(self, answers: Sequence[Sequence[int]]) -> list[int]:
+        """The prompt for the next blank in `order`, with these answers to the ones before it."""
+        kinds, blank = self._kinds, self.order[len(answers)]
+        is_open = {b for b in self.order[len(answers) :] if kinds[b] != self._gmask or kinds[blank] == self._gmask}
+        return [*self._joined(answers, is_open), self._sop]
+
+    def filled(self, answers: Sequence[Sequence[int]]) -> list[int]:
+        """The text with all its blanks filled; answers in `order`."""
+        assert len(answers) == len(self.order)
+        return self._joined(answers, set())
+
+    def _joined(self, answers: Sequence[Sequence[int]], is_open: set[int]) -> list[int]:
+        put = dict(zip(self.order, answers, strict=False))
+        out: list[int] = []
+        for piece in self._pieces:
+            if isinstance(piece, list):
+                out += piece
+            elif piece in put:
+                out += put[piece]
+            elif piece in is_open:
+                out.append(self._kinds[piece])
+        return out
 
 
 def fill_blanks(
@@ -43,34 +93,16 @@ def fill_blanks(
 
     With n_beams above 1 every blank is searched and its best answer put in, else it is drawn as `params` says.
     params.max_new_tokens and stop_ids hold for each blank. joined(blank number, answer) gives the ids that go in.
-    Raises ValueError when there is no mask, or a model has no <sop> or sees only backwards.
+    Raises ValueError as `Blanks` does.
     """
-    special = engine.special_ids
-    if engine.config.mask != "prefix" or "<sop>" not in special:
-        raise ValueError("this model sees only what comes before and cannot fill blanks: use generate")
-    masks = {special[name] for name in MASKS if name in special}
-    gmask = special.get("[gMASK]")
-    # Pieces of the text: a list of ids, or the number of the blank that is still open there.
-    pieces: list[list[int] | int] = [[]]
-    kinds: list[int] = []
-    for token in ids:
-        if token in masks:
-            pieces += [len(kinds), []]
-            kinds.append(token)
-        else:
-            assert isinstance(pieces[-1], list)
-            pieces[-1].append(token)
-    if not kinds:
-        raise ValueError("the text has no blank: put [MASK] where words are missing (or [sMASK], [gMASK])")
-    order = sorted(range(len(kinds)), key=lambda blank: kinds[blank] == gmask)
+    blanks = Blanks(engine, ids)
     filled: dict[int, FilledBlank] = {}
-    for number, blank in enumerate(order):
-        is_open = {b for b in order[number:] if kinds[b] != gmask or kinds[blank] == gmask}
-        prompt = [t for p in pieces for t in (p if isinstance(p, list) else [kinds[p]] if p in is_open else [])]
-        prompt.append(special["<sop>"])
+    answers: list[list[int]] = []
+    for blank in blanks.order:
+        prompt = blanks.prompt(answers)
         filled[blank] = _answer(engine, prompt, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens)
-        pieces[pieces.index(blank)] = joined(blank, list(filled[blank].ids))
-    return [t for p in pieces if isinstance(p, list) for t in p], [filled[b] for b in range(len(kinds))]
+        answers.append(joined(blank, list(filled[blank].ids)))
+    return blanks.filled(answers), [filled[b] for b in sorted(filled)]
 
 
 def _answer(

@@ -1,0 +1,295 @@
+"""POST /v1/chat/completions: OpenAI's chat protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from openglm.server.errors import ApiError
+from openglm.server.events import (
+    AnswerEvent,
+    CallArguments,
+    CallOpened,
+    Finish,
+    Folded,
+    Observation,
+    Reasoning,
+    Text,
+    TokenInfo,
+    fold,
+)
+from openglm.server.limits import Lease
+from openglm.server.protocol import ChatRequest, RequestMessage, Sampling, Tool, load_json, parse
+from openglm.server.service import ChatTask, Service
+from openglm.server.sse import EventStream, sse, while_connected
+from openglm.server.worker import Job, Outlet
+from openglm.types import Grammar, Message, ToolCall, ToolSpec
+
+__all__ = ["chat_completions", "chat_task", "sampling_of", "stops_of", "timings_of", "to_messages", "usage_of"]
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def chat_completions(service: Service, request: Request, body: bytes, lease: Lease) -> Response:
+    asked = parse(ChatRequest, load_json(body))
+    service.check_name(asked.model)
+    task = chat_task(asked)
+    prompt = await asyncio.to_thread(service.chat_prompt, task)
+    outlet, jobs = await service.submit([(prompt, task.n)], _client(lease, asked))
+    shape = ChatShape(service.name, task.n_top is not None)
+    if asked.stream:
+        include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        chunks = shape.stream(outlet, jobs, include_usage)
+        return EventStream(chunks, _stream_error, service.config.stall_s, lambda: service.cancel(jobs))
+    try:
+        lists = await while_connected(request, outlet.all(len(jobs)))
+    finally:
+        service.cancel(jobs)
+    return JSONResponse(shape.whole([fold(events) for events in lists], jobs))
+
+
+def _client(lease: Lease, asked: Sampling) -> str:
+    return f"{lease.client}/{asked.user}" if asked.user else lease.client
+
+
+def _stream_error(error: ApiError) -> bytes:
+    return sse(error.body()) + DONE
+
+
+# -------------------------------------------------------------------- what is asked for
+
+
+def sampling_of(asked: Sampling) -> dict[str, Any]:
+    """Fields of SamplingParams that the common fields of a request set."""
+    bias = asked.logit_bias or {}
+    for token in bias:
+        if not token.isascii() or not token.isdigit() or len(token) > 9:
+            raise ApiError(f"logit_bias: {token!r} is no token id", "logit_bias")
+    top_p = asked.top_p if asked.top_p is None else max(asked.top_p, 1e-9)  # 0: the likeliest token alone
+    return {
+        "temperature": asked.temperature, "top_p": top_p, "top_k": asked.top_k, "min_p": asked.min_p,
+        "repetition_penalty": asked.repetition_penalty, "frequency_penalty": asked.frequency_penalty,
+        "presence_penalty": asked.presence_penalty, "seed": asked.seed, "min_new_tokens": asked.min_tokens,
+        "logit_bias": {int(token): value for token, value in bias.items()} or None,
+    }  # fmt: skip
+
+
+def stops_of(asked: Sampling) -> tuple[str, ...]:
+    return (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+
+
+def chat_task(asked: ChatRequest) -> ChatTask:
+    sampling = sampling_of(asked)
+    limits = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise ApiError("max_tokens and max_completion_tokens differ: give one", "max_tokens")
+    sampling["max_new_tokens"] = next(iter(limits), None)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ())]
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ApiError(f"tools[{i}].function.name: {name!r} is there twice", f"tools[{i}].function.name")
+    return ChatTask(
+        messages=to_messages(asked.messages),
+        tools=tools,
+        sampling=sampling,
+        stop=stops_of(asked),
+        n=asked.n or 1,
+        n_top=(asked.top_logprobs or 0) if asked.logprobs else None,
+        choice=_choice(asked, names),
+        parallel=asked.parallel_tool_calls is not False,
+        strict=frozenset(tool.function.name for tool in asked.tools or () if tool.function.strict),
+        response=_response(asked),
+    )
+
+
+def _tool(tool: Tool, where: str) -> ToolSpec:
+    f = tool.function
+    return ToolSpec(f.name, f.description or "", f.parameters or {})
+
+
+def _choice(asked: ChatRequest, names: Sequence[str]) -> str:
+    choice = asked.tool_choice
+    if choice is None or choice in ("none", "auto"):
+        return "auto" if choice is None else str(choice)
+    if not names:
+        raise ApiError("tool_choice asks for a call, but there are no tools", "tool_choice")
+    if isinstance(choice, str):
+        return choice
+    if choice.function.name not in names:
+        raise ApiError(f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice")
+    return f"name:{choice.function.name}"
+
+
+def _response(asked: ChatRequest) -> Grammar | None:
+    wanted = asked.response_format
+    if wanted is None or wanted.type == "text":
+        if wanted is not None and wanted.json_schema is not None:
+            raise ApiError("response_format.json_schema needs the type json_schema", "response_format.json_schema")
+        return None
+    if wanted.type == "json_object":
+        return Grammar("json_schema", '{"type":"object"}')
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise ApiError("response_format.json_schema.schema: this field is missing", "response_format.json_schema")
+    return Grammar("json_schema", json.dumps(wanted.json_schema.schema_))
+
+
+def to_messages(messages: Sequence[RequestMessage]) -> list[Message]:
+    """ApiError names the field of a message that its role does not have."""
+    found: list[Message] = []
+    for i, m in enumerate(messages):
+        where = f"messages[{i}]"
+        assistant, tool = m.role == "assistant", m.role == "tool"
+        for name, fits in (
+            ("tool_calls", assistant), ("reasoning_content", assistant), ("refusal", assistant),
+            ("tool_call_id", tool), ("name", tool),
+        ):  # fmt: skip
+            if getattr(m, name) and not fits:
+                raise ApiError(f"{where}.{name} is not supported in a message of the {m.role}", f"{where}.{name}")
+        content = _content(m, where)
+        if m.content is None and not (m.tool_calls or m.refusal):
+            raise ApiError(f"{where}.content: this field is missing", f"{where}.content")
+        if tool and not (m.tool_call_id or m.name):
+            raise ApiError(f"{where}.tool_call_id: this field is missing", f"{where}.tool_call_id")
+        calls = tuple(ToolCall(c.function.name, c.function.arguments, c.id) for c in m.tool_calls or ())
+        role = "system" if m.role == "developer" else m.role
+        found.append(Message(role, content, calls, m.tool_call_id, m.name, m.reasoning_content or ""))
+    return found
+
+
+def _content(m: RequestMessage, where: str) -> str:
+    if not isinstance(m.content, list):
+        return m.content or m.refusal or ""
+    texts = []
+    for j, part in enumerate(m.content):
+        text = part.text if part.type == "text" else part.refusal
+        if text is None:
+            raise ApiError(f"{where}.content[{j}].{part.type}: this field is missing", f"{where}.content[{j}]")
+        texts.append(text)
+    return "".join(texts)
+
+
+# -------------------------------------------------------------------- what is answered
+
+
+def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Tokens: of the prompt once, of all answers together (a token that ends an answer is one of them)."""
+    n_prompt, n_drawn = jobs[0].n_prompt, sum(job.answer.n_tokens for job in jobs)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_drawn,
+        "total_tokens": n_prompt + n_drawn,
+        "completion_tokens_details": {"reasoning_tokens": sum(job.answer.n_reasoning_tokens for job in jobs)},
+    }
+
+
+def timings_of(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Our extension. prefill_s: until the first token, waiting included. decode_tok_s: tokens a second after it."""
+    first = min(job.timing.first or job.timing.start for job in jobs)
+    last = max(job.timing.last or job.timing.start for job in jobs)
+    n = sum(max(job.answer.n_tokens - 1, 0) for job in jobs)
+    return {
+        "prefill_s": round(first - jobs[0].timing.start, 6),
+        "decode_tok_s": round(n / (last - first), 3) if last > first else None,
+        "context_used": max(job.n_prompt + job.answer.n_tokens for job in jobs),
+    }
+
+
+class ChatShape:
+    """Renders event lists as OpenAI's objects. logprobs: whether they were asked for."""
+
+    def __init__(self, model: str, logprobs: bool) -> None:
+        self._id, self._model, self._logprobs = f"chatcmpl-{secrets.token_hex(12)}", model, logprobs
+        self._created = int(time.time())
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    # ---------------------------------------------------------------- whole
+
+    def whole(self, answers: Sequence[Folded], jobs: Sequence[Job]) -> dict[str, Any]:
+        choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        return self._object("chat.completion", choices) | {"usage": usage_of(jobs), "timings": timings_of(jobs)}
+
+    def _choice(self, index: int, answer: Folded) -> dict[str, Any]:
+        assert answer.finish is not None
+        content = answer.text if answer.text or not answer.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in answer.calls
+            ]
+        if answer.observations:
+            message["observations"] = [_observation(o) for o in answer.observations]
+        logprobs = _logprobs(answer.tokens) if self._logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish.reason}
+
+    # ---------------------------------------------------------------- streamed
+
+    async def stream(self, outlet: Outlet, jobs: Sequence[Job], include_usage: bool) -> AsyncIterator[bytes]:
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        begun: list[bytes] = []
+        for job in jobs:
+            delta = {"role": "assistant", "content": ""}
+            begun.append(self._chunk(job.index, delta, None, None, usage))
+        yield b"".join(begun)
+        async for batch in outlet.batches():
+            yield b"".join(self._event(index, event, usage) for index, event in batch)
+        if include_usage:
+            last = {"usage": usage_of(jobs), "timings": timings_of(jobs)}
+            yield sse(self._object("chat.completion.chunk", []) | last)
+        yield DONE
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], reason: str | None, tokens: Sequence[TokenInfo] | None,
+        usage: dict[str, Any],
+    ) -> bytes:  # fmt: skip
+        logprobs = _logprobs(tokens) if tokens is not None and self._logprobs else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return sse(self._object("chat.completion.chunk", [choice]) | usage)
+
+    def _event(self, index: int, event: AnswerEvent, usage: dict[str, Any]) -> bytes:
+        match event:
+            case Text():
+                return self._chunk(index, {"content": event.text}, None, event.tokens, usage)
+            case Reasoning():
+                return self._chunk(index, {"reasoning_content": event.text}, None, None, usage)
+            case CallOpened():
+                function = {"name": event.name, "arguments": ""}
+                call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+                return self._chunk(index, {"tool_calls": [call]}, None, None, usage)
+            case CallArguments():
+                call = {"index": event.index, "function": {"arguments": event.text}}
+                return self._chunk(index, {"tool_calls": [call]}, None, None, usage)
+            case Observation():
+                return self._chunk(index, {"observations": [_observation(event)]}, None, None, usage)
+            case Finish():
+                return self._chunk(index, {}, event.reason, None, usage)
+
+
+def _observation(o: Observation) -> dict[str, Any]:
+    return {"id": o.id, "name": o.name, "content": o.content, "status": o.status, "seconds": o.seconds,
+            "files": list(o.files)}  # fmt: skip
+
+
+def _logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+    def one(spelled: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": spelled.decode("utf-8", "replace"), "bytes": list(spelled), "logprob": max(logprob, -9999.0)}
+
+    content = [
+        one(t.spelled, t.logprob) | {"top_logprobs": [one(spelled, logprob) for spelled, logprob in t.top]}
+        for t in tokens
+    ]
+    return {"content": content, "refusal": None}
