@@ -35,7 +35,7 @@ COMPILER := command -v c++ >/dev/null || { command -v apt-get >/dev/null && [ "$
 $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@echo "make: installing OpenGLM and PyTorch into $(VENV); the first time this takes some minutes" >&2
-	@$(PIP_INSTALL) -e '.[serve,grammar]'
+	@$(PIP_INSTALL) -e '.[chat,serve,grammar]'
 	@touch $@
 
 $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
