@@ -142,7 +142,10 @@ class ChatModel:
             ids = [*before, *self.tokenizer.encode(prompt), *self.meta.prompt_suffix]
         else:
             ids = list(prompt)
-        return TextStream(self, ids, self._params(self._text_stops(), {}, sampling))
+        params = self._params(self._text_stops(), {}, sampling)
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError("stop_strings are text, and this model has no tokenizer: give stop_ids")
+        return TextStream(self, ids, params)
 
     def fill(
         self,

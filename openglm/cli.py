@@ -19,6 +19,8 @@ from typing import Any
 
 from openglm.cli_options import (
     Parser,
+    answer_limits,
+    answer_options,
     clean,
     common_options,
     load_model,
@@ -56,14 +58,15 @@ def _generate_options(p: Parser) -> None:
     prompt = p.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--tokens", metavar="IDS", help="token ids to continue as they are, such as 1,2,3")
+    answer_options(p)
     sampling_options(p, "256", "the checkpoint's")
     place_options(p)
     common_options(p)
 
 
 def _generate(o: argparse.Namespace) -> int:
-    model = load_model(o)
-    stream = model.stream_text(parse_ids(o.tokens) if o.prompt is None else clean(o.prompt), **sampling(o))
+    params = sampling(o) | answer_limits(o)
+    stream = load_model(o).stream_text(parse_ids(o.tokens) if o.prompt is None else clean(o.prompt), **params)
     for piece in stream:
         if not o.json:
             print(piece, end="", flush=True)
@@ -110,6 +113,7 @@ def _fill(o: argparse.Namespace) -> int:
 def _chat_options(p: Parser) -> None:
     model_option(p)
     p.add_argument("--system", metavar="TEXT", help="system message to start with")
+    answer_options(p)
     sampling_options(p, "256", "the checkpoint's")
     place_options(p)
     common_options(p, json_output=False)
@@ -118,7 +122,8 @@ def _chat_options(p: Parser) -> None:
 def _chat(o: argparse.Namespace) -> int:
     from openglm.cli_chat import chat_loop
 
-    return chat_loop(load_model(o), o.system, sampling(o))
+    params = sampling(o) | answer_limits(o)
+    return chat_loop(load_model(o), o.system, params)
 
 
 def _serve_options(p: Parser) -> None:

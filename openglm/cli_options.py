@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openglm.config import nearest
+from openglm.types import Grammar, SamplingParams
 
 if TYPE_CHECKING:
     from openglm.chat import ChatModel
 
 __all__ = [
-    "Parser", "clean", "common_options", "load_model", "model_option", "parse_ids", "place_options", "print_json",
-    "read_text", "sampling", "sampling_options",
+    "Parser", "answer_limits", "answer_options", "clean", "common_options", "load_model", "model_option", "parse_ids",
+    "place_options", "print_json", "read_text", "sampling", "sampling_options",
 ]  # fmt: skip
 
 
@@ -75,6 +76,33 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetit
 
 def sampling(o: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(o, name) for name in SAMPLING if getattr(o, name) is not None}
+
+
+def answer_options(p: Parser) -> None:
+    """What ends an answer and what it must look like; `answer_limits` reads them."""
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end in front of this text; may be given repeatedly")
+    held = p.add_mutually_exclusive_group()
+    held.add_argument("--json-schema", metavar="FILE|JSON", help="hold the answer to a JSON schema")
+    held.add_argument("--regex", metavar="PATTERN", help="hold the whole answer to a regular expression")
+
+
+def answer_limits(o: argparse.Namespace) -> dict[str, Any]:
+    """Fields of SamplingParams, checked before any model is loaded: ValueError naming what is wrong."""
+    limits: dict[str, Any] = {} if o.stop is None else {"stop_strings": tuple(map(clean, o.stop))}
+    if o.json_schema is not None or o.regex is not None:
+        from openglm.engine.grammar import check_grammar
+
+        limits["grammar"] = _grammar(o)
+        check_grammar(limits["grammar"])
+    SamplingParams(**limits)
+    return limits
+
+
+def _grammar(o: argparse.Namespace) -> Grammar:
+    if o.regex is not None:
+        return Grammar("regex", clean(o.regex))
+    inline = o.json_schema.lstrip().startswith("{")
+    return Grammar("json_schema", clean(o.json_schema) if inline else read_text(o.json_schema))
 
 
 def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:

@@ -18,14 +18,15 @@ from openglm.cli import COMMANDS, main
 from openglm.cli_options import Parser
 
 SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed".split()
+LIMITS = ["--stop", "--json-schema", "--regex"]
 PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
 SURFACE = {
-    "chat": ["model", "--adapter", "--system", *SAMPLING, *PLACE],
+    "chat": ["model", "--adapter", "--system", *LIMITS, *SAMPLING, *PLACE],
     "serve": ["model", "--adapter", "--host", "--port", "--api-key", "--api-key-file", "--name",
               "--requests-per-minute", "--concurrency", "--parallel", "--max-queue", "--max-tokens", "--max-body-mb",
               "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", *PLACE],
-    "generate": ["model", "--adapter", "--prompt", "--tokens", *SAMPLING, *PLACE, "--json"],
+    "generate": ["model", "--adapter", "--prompt", "--tokens", *LIMITS, *SAMPLING, *PLACE, "--json"],
     "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",
              *SAMPLING, *PLACE, "--json"],
     "logits": ["model", "--adapter", "--tokens", "--out", *PLACE, "--json"],

@@ -27,7 +27,7 @@ from openglm.engine.schema_grammar import schema_to_ebnf
 from openglm.tokenizer import Tokenizer
 from openglm.types import Grammar
 
-__all__ = ["Grammars", "TokenGrammar"]
+__all__ = ["Grammars", "TokenGrammar", "check_grammar"]
 
 _MAX_COMPILED = 64  # grammars that are kept; one may take megabytes
 
@@ -54,6 +54,12 @@ def to_ebnf(grammar: Grammar) -> str:
     except RecursionError:
         raise ValueError(f"the grammar of kind {grammar.kind} is nested too deeply") from None
     return grammar.text
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raises ValueError for a grammar that says what cannot be held to, and where xgrammar is missing."""
+    to_ebnf(grammar)
+    _xgrammar()
 
 
 class Grammars:
