@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("prefill", "decode")
 FORMS = {"int4": "?quantize=int4", "int8": "?quantize=int8", "bf16": ""}
 BATCHES = (1, 2, 4, 8)
-TABLE_PROMPT, TABLE_NEW = 32, 24
+TABLE_PROMPT, TABLE_NEW = 32, 16
 LLAMA_Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="our INT4, INT8 and bfloat16 at several batch sizes")
     parser.add_argument("--preset", default="glm-edge-1.5b", help="shape of both (default: glm-edge-1.5b)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, which take turns")
     parser.add_argument("--repeats", type=int, default=2, help="runs in each process")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

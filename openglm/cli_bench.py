@@ -1,6 +1,7 @@
-"""The verbs that measure this machine: `openglm bench generate`.
+"""The verbs that measure this machine: `openglm bench generate` and `openglm bench train`.
 
     python -m openglm bench generate "random:glm-edge-1.5b?quantize=int4" --batch 4
+    python -m openglm bench train glm-nano row_len=256
 
 Each verb has three parts: NAME_options adds its options, NAME_value computes what --json prints, NAME_print shows it.
 """
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from openglm.engine import Engine
 
 __all__: list[str] = []
+
+# -------------------------------------------------------------------- bench generate
 
 
 def generate_options(p: argparse.ArgumentParser) -> None:
@@ -98,5 +101,56 @@ def generate_print(value: dict[str, Any]) -> None:
         ("bandwidth", f"decoding reads weights at {read} measured"),
         ("memory", f"{value['peak_rss_bytes'] / 1e6:,.1f} MB at most"),
     ]
+    for name, text in rows:
+        print(f"  {name:<12} {text}")
+
+
+# -------------------------------------------------------------------- bench train
+
+
+def train_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", metavar="RUN.yaml|PRESET", help="a run config with its data, or a shape on random tokens")
+    p.add_argument("overrides", nargs="*", metavar="a.b=c", help="change single keys, such as micro_batch_rows=2")
+    p.add_argument("--steps", type=int, default=5, metavar="N", help="steps whose medians count (default: 5)")
+
+
+def train_value(o: argparse.Namespace) -> dict[str, Any]:
+    """What --json prints: config, what `openglm.train.measure.measure_training` gives, peak_rss_bytes, and on a GPU
+    device_peak_bytes. Nothing is written to the run's folder."""
+    from tqdm import tqdm
+
+    from openglm.presets import PRESETS
+    from openglm.train.config import load_config
+    from openglm.train.measure import WARM_UP_STEPS, build_random, build_run, measure_training
+    from openglm.train.progress import peak_rss_bytes
+
+    if o.config in PRESETS:
+        shape = {"objective": "lm", "model": {"preset": o.config}, "run_dir": "bench", "steps": 1000}
+        trainer = build_random(load_config(shape, o.overrides))
+    else:
+        trainer = build_run(load_config(o.config, o.overrides))
+    with tqdm(total=WARM_UP_STEPS + max(0, o.steps), desc="bench", unit="step", leave=False) as bar:
+        value = {"config": o.config, **measure_training(trainer, o.steps, bar.update)}
+    value["peak_rss_bytes"] = peak_rss_bytes()
+    if trainer.device.type == "cuda":
+        import torch
+
+        value["device_peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+    return value
+
+
+def train_print(value: dict[str, Any]) -> None:
+    machine = f"{value['device']}, {value['threads']} threads, {value['precision']}"
+    print(f"{value['config']}: {value['parameters']:,} parameters on {machine}, "
+          f"{value['batch_tokens']:,} tokens a step, medians of {value['steps']} steps")  # fmt: skip
+    reached = f"{value['flop_s'] / 1e9:,.1f} GFLOP/s, {value['mfu']:.0%} of the {value['matmul_flop_s'] / 1e9:,.1f}"
+    rows = [
+        ("speed", f"{value['tokens_per_s']:,.1f} tokens/s, {value['step_s']:.3f} s a step"),
+        ("arithmetic", f"{reached} of a large matrix product"),
+        ("memory", f"{value['peak_rss_bytes'] / 1e6:,.1f} MB at most"),
+        ("loss", f"{value['loss']:.4f} after the last step; {value['skipped']} of {value['steps']} steps skipped"),
+    ]
+    if "device_peak_bytes" in value:
+        rows.insert(3, ("on the GPU", f"{value['device_peak_bytes'] / 1e6:,.1f} MB at most"))
     for name, text in rows:
         print(f"  {name:<12} {text}")

@@ -41,6 +41,7 @@ SURFACE = {
              "--batch", "--tp", "--chunk", "--json"],
     "bench generate": ["model", "--adapter", "--prompt-tokens", "--new-tokens", "--batch", "--repeats", *PLACE,
                        "--json"],
+    "bench train": ["config", "overrides", "--steps", "--json"],
     "convert": ["source", "target", "--format", "--quantize", "--group", "--symmetric", "--method", "--calibration",
                 "--embeddings", "--head", "--quantize-embeddings", "--dtype", "--tp", "--adapter", "--report", "--text",
                 "--json"],

@@ -99,3 +99,65 @@ def test_sizes_that_give_no_figure_are_refused() -> None:
         measure_speed(engine, 64, 3, batch=5)
     with pytest.raises(ValueError, match="the pool holds 512"):
         measure_speed(engine, 200, 3, batch=4)
+
+
+# -------------------------------------------------------------------- bench train
+
+SMALL = ["model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1", "model.head_dim=16",
+         "model.ffn_dim=48", "model.vocab_size=61", "model.qkv_bias=false", "row_len=24", "micro_batch_rows=2",
+         "batch_rows=4", "precision=fp32", "threads=1", "device=cpu"]  # fmt: skip
+
+
+def test_train_measures_a_preset_on_random_tokens(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "bench", "train", "glm-nano", *SMALL, "--steps", 1, "--json")
+    value = json.loads(out.splitlines()[-1])
+    assert code == 0 and "memory of a step" in err and not list(tmp_path.iterdir())
+    assert (value["steps"], value["batch_tokens"], value["device"], value["skipped"]) == (1, 96, "cpu", 0)
+    assert value["tokens_per_s"] == pytest.approx(96 / value["step_s"])
+    matrices = 2 * ((2 + 2) * 16 * 32 + 2 * 16 * 32 + 3 * 32 * 48) + 61 * 32  # blocks, and the head
+    attention = 2 * 2 * 2 * 16 * 24  # scores and sums of 2 layers, 2 heads of 16, over 24 keys
+    assert value["flop_s"] * value["step_s"] == pytest.approx(96 * 6 * (matrices + attention))
+    assert value["mfu"] == pytest.approx(value["flop_s"] / value["matmul_flop_s"])
+    assert value["loss"] == pytest.approx(math.log(61), abs=0.1), "random tokens cannot be predicted"
+
+
+def test_train_measures_a_run_with_its_data(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openglm.data.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\n\n".join(f"The quick fox saw {i} lazy dogs." for i in range(200)), encoding="utf-8")
+    prepare(["text.txt"], tiny_checkpoint, "shards")
+    Path("run.yaml").write_text(
+        f"objective: infill\ninit_from: {tiny_checkpoint}\ndata: {{train: [shards]}}\nrun_dir: out\nsteps: 3\n"
+        "row_len: 64\nmicro_batch_rows: 2\nbatch_rows: 2\neval_every: 1\ncheckpoint_every: 1\nprecision: fp32\n"
+    )
+    code, out, err = run(capsys, "bench", "train", "run.yaml", "threads=1", "device=cpu", "--steps", 2)
+    assert code == 0 and "medians of 2 steps" in out and "tokens/s" in out and "0 of 2 steps skipped" in out, err
+    assert not Path("out").exists(), "nothing is written"
+
+
+def test_mistakes_in_training_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, words in (
+        (["glm-nan"], "glm-nan: no such run config"),
+        (["glm-nano", *SMALL, "--steps", 0], "steps must be at least 1"),
+        (["glm-nano", *SMALL, "row_len=4096"], "over the model's max_seq_len"),
+        (["glm-nano", "steps_=1"], "did you mean 'steps'"),
+    ):
+        code, out, err = run(capsys, "bench", "train", *argv)
+        assert code == 2 and words in err.splitlines()[-1] and out == ""
+
+
+def test_random_rows_continue_from_their_state() -> None:
+    from openglm.train.measure import RandomRows
+
+    stream, other = RandomRows(50, 8), RandomRows(50, 8)
+    stream.next_rows(2)
+    other.load_state_dict(stream.state_dict())
+    rows = stream.next_rows(3)
+    assert (rows.ids == other.next_rows(3).ids).all() and rows.ids.shape == (3, 8)
+    assert (rows.ids[:, 1:] == rows.targets[:, :-1]).all() and rows.n_tokens == 24

@@ -34,7 +34,7 @@ from openglm.train.state import CheckpointStore, Loaded, read
 from openglm.train.trainer import Sampler, Trainer
 from openglm.types import IGNORE
 
-__all__ = ["RunResult", "build", "main", "run"]
+__all__ = ["RunResult", "build", "check_plan", "device_of", "initial_model", "main", "run", "with_precision"]
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def build(config: TrainConfig, sampler: Sampler | None = None) -> Trainer:
     ]
     assert streams[0] is not None
     objective = entry.build_objective(chunk=config.loss_chunk or None)
-    device = _device(config)
+    device = device_of(config)
     if config.precision == "bf16" and not bf16_is_fast(device):
         print(f"note: this {device} has no bf16 arithmetic and emulates it many times slower: use precision=fp32",
               file=sys.stderr)  # fmt: skip
-    _plan(config, shape, objective, streams[0], device)
-    model = _model(config, shape, device)
+    check_plan(config, shape, objective, streams[0], device)
+    model = initial_model(config, shape, device)
     store = CheckpointStore(Path(config.run_dir) / "checkpoints", shape, meta, tokenizer.files, config.keep_checkpoints)
     identity = {
         "objective": config.objective,
@@ -133,7 +133,7 @@ def with_precision(config: TrainConfig) -> TrainConfig:
     """The config with precision "auto" settled for the device it runs on: bf16 where that is fast, else fp32."""
     if config.precision != "auto":
         return config
-    return replace(config, precision="bf16" if bf16_is_fast(_device(config)) else "fp32")
+    return replace(config, precision="bf16" if bf16_is_fast(device_of(config)) else "fp32")
 
 
 def bf16_is_fast(device: str) -> bool:
@@ -143,7 +143,7 @@ def bf16_is_fast(device: str) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _plan(config: TrainConfig, shape: GLMConfig, objective: Objective, stream: RowStream, device: str) -> None:
+def check_plan(config: TrainConfig, shape: GLMConfig, objective: Objective, stream: RowStream, device: str) -> None:
     """Print what the run will hold, part by part; ValueError with advice when that is more than there is."""
     before = stream.state_dict()
     batches = [stream.next_rows(config.micro_batch_rows) for _ in range(8)]
@@ -199,7 +199,7 @@ def _meta(config: TrainConfig, tokenizer: Tokenizer) -> CheckpointMeta:
     )  # fmt: skip
 
 
-def _device(config: TrainConfig) -> str:
+def device_of(config: TrainConfig) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -207,7 +207,7 @@ def _device(config: TrainConfig) -> str:
     return config.device
 
 
-def _model(config: TrainConfig, shape: GLMConfig, device: str) -> Transformer:
+def initial_model(config: TrainConfig, shape: GLMConfig, device: str) -> Transformer:
     if config.init_from is not None:
         model, _ = load_checkpoint(config.init_from, device, torch.float32)
         if any(isinstance(module, QuantLinear) for module in model.modules()):

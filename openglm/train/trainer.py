@@ -241,10 +241,13 @@ class Trainer:
             self._final_checkpoint(log, progress)
             progress.close()
 
+    def flops(self, result: StepResult) -> float:
+        """Floating-point operations of a step, forward and backward; what is recomputed does not count."""
+        share = result.targets / max(1, result.tokens)
+        return 3 * flops_per_token(self.model.config, self.config.row_len, share) * result.tokens
+
     def _entry(self, result: StepResult, seconds: float, peak: float) -> dict[str, Any]:
         config = self.config
-        share = result.targets / max(1, result.tokens)
-        flops = 3 * flops_per_token(self.model.config, config.row_len, share) * result.tokens
         entry: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
@@ -255,7 +258,7 @@ class Trainer:
             "lr": config.optimizer.lr * lr_factor(self.step - 1, config),
             "batch_rows": result.rows,
             "tokens_per_s": result.tokens / seconds,
-            "mfu": flops / seconds / peak,
+            "mfu": self.flops(result) / seconds / peak,
             "rss_bytes": rss_bytes(),
             "skipped": result.skipped is not None,
             "time": time.time(),
