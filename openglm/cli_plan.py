@@ -94,6 +94,7 @@ def _model(reference: str | None) -> _Stored:
     from openglm.loading import resolve
     from openglm.model.cost import WeightForm
     from openglm.presets import PRESETS, parse_preset
+    from openglm.quant.random_model import open_random
 
     name = (reference or "").removeprefix("random:")
     if reference is not None and not Path(reference).expanduser().exists():
@@ -101,10 +102,12 @@ def _model(reference: str | None) -> _Stored:
         if not known and not reference.startswith("random:"):
             hint = nearest(name, list(PRESETS))
             raise ValueError(f"no model at {reference}{hint}: give a checkpoint, or a preset: {', '.join(PRESETS)}")
-        return _Stored(reference, parse_preset(name), WeightForm())
+        if "quantize=" not in reference:
+            return _Stored(reference, parse_preset(name), WeightForm())
     from openglm.model.opened import open_model
 
-    opened = open_model(resolve(reference))
+    source = resolve(reference)
+    opened = open_random(source) if isinstance(source, str) else open_model(source)
     types, bytes_by_part = _loaded(opened)
     form = _form_of(opened.get("layers.0.attn.out.weight"))
     return _Stored(str(opened.path), opened.config, form, types, bytes_by_part)

@@ -5,6 +5,7 @@ python -m pytest -q tests/test_random_model.py
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import openglm
-from openglm.model.load import load_weights
+from openglm.cli import main
+from openglm.model.load import load_weights, weight_bytes
 from openglm.ops.quant import QuantTensor
 from openglm.quant.random_model import open_random
 
@@ -57,6 +59,14 @@ def test_quantised_weights_are_the_unquantised_ones_rounded(
     loaded = load_weights(quantised)
     buffers = sum(t.nbytes for name, t in loaded.named_buffers())
     assert sum(n for kind, n in kinds if kind.startswith("int")) == buffers
+
+
+def test_inspect_and_plan_know_the_bytes_without_drawing_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    model = f"{TINY}&quantize=int4"
+    loaded = weight_bytes(load_weights(open_random(model)))
+    for argv in (["inspect", model], ["plan", model, "--devices", "24GB"]):
+        assert main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weight_bytes"] == loaded
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
