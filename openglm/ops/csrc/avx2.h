@@ -70,23 +70,22 @@ struct Avx2Floats {
     return _mm256_or_si256(low, _mm256_and_si256(h, _mm256_set1_epi8(0x30)));
   }
   static I izero() { return _mm256_setzero_si256(); }
-  static I isub(I a, int32_t x) { return _mm256_sub_epi32(a, _mm256_set1_epi32(x)); }
-  static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I shifted(const int32_t *p, int n) { return _mm256_srai_epi32(_mm256_set1_epi32(*p), n); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 };
 
 struct Avx2 : Avx2Floats {
-  static constexpr int tokens = 4;
+  static constexpr int tokens = 4, at_once = 4, panel_rows = 0;
   // Products of two neighbours are added in 16 bits: eight times 2 * 15 * 127 fit, and twice 2 * 63 * 127.
   typedef __m256i Dot4;
-  static Dot4 dot4_zero() { return izero(); }
+  static Dot4 dot4_start(I) { return izero(); }
   static Dot4 dot4(Dot4 c, B w, B a) { return _mm256_add_epi16(c, _mm256_maddubs_epi16(w, a)); }
-  static I dot4_sum(Dot4 c) { return _mm256_madd_epi16(c, _mm256_set1_epi16(1)); }
+  static I dot4_sum(Dot4 c, I init) { return _mm256_add_epi32(init, _mm256_madd_epi16(c, _mm256_set1_epi16(1))); }
   static I dot6(I c, B w0, B a0, B w1, B a1) {
     __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(w0, a0), _mm256_maddubs_epi16(w1, a1));
     return _mm256_add_epi32(c, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
   }
-  static constexpr int dot8_offset = 0;
+  static constexpr bool unsigned8 = false;
   struct W8 { B w, absolute; };
   static W8 w8(B w) { return {w, _mm256_abs_epi8(w)}; }
   static I dot8(I c, W8 w, B a) { // one factor must be unsigned: the sign of the weight goes to the activation
@@ -97,17 +96,19 @@ struct Avx2 : Avx2Floats {
 
 #ifdef __AVXVNNI__
 struct Avx2Vnni : Avx2Floats {
-  static constexpr int tokens = 4;
+  static constexpr int tokens = 4, at_once = 4, panel_rows = 1;
   typedef __m256i Dot4;
-  static Dot4 dot4_zero() { return izero(); }
+  static Dot4 dot4_start(I init) { return init; }
   static Dot4 dot4(Dot4 c, B w, B a) { return _mm256_dpbusd_avx_epi32(c, w, a); }
-  static I dot4_sum(Dot4 c) { return c; }
+  static I dot4_sum(Dot4 c, I) { return c; }
   static I dot6(I c, B w0, B a0, B w1, B a1) {
     return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(c, w0, a0), w1, a1);
   }
-  static constexpr int dot8_offset = 128;
+  static constexpr bool unsigned8 = true;
   struct W8 { B w; };
   static W8 w8(B w) { return {_mm256_xor_si256(w, _mm256_set1_epi8((char)0x80))}; }
+  static B from_128(B w, int add) { return _mm256_add_epi8(w, _mm256_set1_epi8((char)add)); }
+  static void store_bytes(uint8_t *p, B w) { _mm256_storeu_si256((__m256i *)p, w); }
   static I dot8(I c, W8 w, B a) { return _mm256_dpbusd_avx_epi32(c, w.w, a); }
 };
 #endif

@@ -8,7 +8,7 @@
 namespace {
 
 struct Avx512 {
-  static constexpr int lanes = 16, tokens = 8;
+  static constexpr int lanes = 16, tokens = 4, at_once = 8, panel_rows = 2;
   typedef __m512 F;
   typedef __m512i I;
   typedef __m512i B;
@@ -60,16 +60,17 @@ struct Avx512 {
     return _mm512_or_si512(low, _mm512_and_si512(h, _mm512_set1_epi8(0x30)));
   }
   static I izero() { return _mm512_setzero_si512(); }
-  static I isub(I a, int32_t x) { return _mm512_sub_epi32(a, _mm512_set1_epi32(x)); }
-  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I shifted(const int32_t *p, int n) { return _mm512_srai_epi32(_mm512_set1_epi32(*p), n); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static Dot4 dot4_zero() { return izero(); }
+  static Dot4 dot4_start(I init) { return init; }
   static Dot4 dot4(Dot4 c, B w, B a) { return _mm512_dpbusd_epi32(c, w, a); }
-  static I dot4_sum(Dot4 c) { return c; }
+  static I dot4_sum(Dot4 c, I) { return c; }
   static I dot6(I c, B w0, B a0, B w1, B a1) { return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(c, w0, a0), w1, a1); }
-  static constexpr int dot8_offset = 128;
+  static constexpr bool unsigned8 = true;
   struct W8 { B w; };
   static W8 w8(B w) { return {_mm512_xor_si512(w, _mm512_set1_epi8((char)0x80))}; }
+  static B from_128(B w, int add) { return _mm512_add_epi8(w, _mm512_set1_epi8((char)add)); }
+  static void store_bytes(uint8_t *p, B w) { _mm512_storeu_si512(p, w); }
   static I dot8(I c, W8 w, B a) { return _mm512_dpbusd_epi32(c, w.w, a); }
 };
 

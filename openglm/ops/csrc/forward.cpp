@@ -34,10 +34,10 @@ struct Buffer { // grows, is never cleared; lines of the cache are not shared wi
 };
 
 struct Quantised { // activations of one input, with their memory
-  Buffer q, scale, sums, sums32;
+  Buffer q, scale, sums, minus;
   OgActivations of(int64_t tokens, int64_t columns) {
-    int64_t blocks = (columns + 31) / 32, n = tokens * blocks;
-    return {q.get<int8_t>(n * 32), scale.get<float>(n), sums.get<int32_t>(2 * n), sums32.get<float>(n), blocks};
+    const int64_t tile = kernels()->tokens, blocks = (columns + 31) / 32, n = (tokens + tile - 1) / tile * tile * blocks;
+    return {q.get<int8_t>(n * 32), scale.get<float>(n), sums.get<float>(n), minus.get<int32_t>(3 * n), blocks};
   }
 };
 
@@ -107,7 +107,7 @@ struct Pass {
               float *out, int64_t out_stride) {
     int64_t rows = 0;
     for (int i = 0; i < l.n_parts; i++) rows += l.parts[i].rows;
-    const int64_t step = (rows / (threads * 8) + 16) / 16 * 16;
+    const int64_t step = (rows / (threads * 8) + 32) / 32 * 32; // whole panels of rows
     int64_t next = take(1), before = 0, offset = 0;
     for (int i = 0; i < l.n_parts; i++) {
       const OgMatrix &part = l.parts[i];

@@ -4,11 +4,9 @@
 // or rows are computed beside it: results do not depend on company.
 #pragma once
 
-#include "simd.h"
+#include "products.h"
 
 namespace {
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---------------------------------------------------------------- rows of activations
 
@@ -27,7 +25,8 @@ template <class S>
 void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out, int64_t first_block) {
   const int V = 32 / S::lanes;
   for (int64_t b = 0; b * 32 < n; b++) {
-    int64_t at = token * out->blocks + first_block + b;
+    int64_t block = token / S::tokens * out->blocks + first_block + b, m = token % S::tokens;
+    int64_t at = block * S::tokens + m;
     float tail[32];
     const float *from = x + b * 32;
     if (n - b * 32 < 32) {
@@ -47,9 +46,11 @@ void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out
     int32_t sums[2] = {0, 0};
     for (int i = 0; i < 32; i++) sums[i / 16] += q[i];
     out->scale[at] = largest / 127.0f + S::sum(odd);
-    out->sums[2 * at] = sums[0];
-    out->sums[2 * at + 1] = sums[1];
-    out->sums32[at] = out->scale[at] * (float)(sums[0] + sums[1]);
+    out->sums[at] = out->scale[at] * (float)(sums[0] + sums[1]);
+    int32_t *minus = out->minus + block * 3 * S::tokens + m;
+    minus[0] = -128 * sums[0];
+    minus[S::tokens] = -128 * sums[1];
+    minus[2 * S::tokens] = -128 * (sums[0] + sums[1]);
   }
 }
 
@@ -114,155 +115,6 @@ template <class S> void rotate(float *x, const float *cosines, const float *sine
     float a = x[i], b = x[half + i];
     x[i] = a * cosines[i] - b * sines[i];
     x[half + i] = b * cosines[i] + a * sines[i];
-  }
-}
-
-// ---------------------------------------------------------------- products with quantised weights
-
-// One block of rows with `MT` tokens. Weights of 32 columns are unpacked once for all tokens.
-template <class S, int KIND, bool G16, bool MIN, int MT>
-void quantised_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, int64_t token,
-                    typename S::F *acc) {
-  typedef typename S::F F;
-  typedef typename S::I I;
-  typedef typename S::B B;
-  const int R = S::lanes;
-  const int bytes = KIND == OG_INT4 ? 16 * R : KIND == OG_INT6 ? 24 * R : 32 * R;
-  const int64_t blocks = a->blocks, per_group = G16 ? 1 : w->group / 32;
-  const int64_t groups = G16 ? 2 * blocks : round_up(blocks, per_group) / per_group;
-  const uint8_t *q = (const uint8_t *)w->data + row_block * blocks * bytes;
-  const uint16_t *scale = w->scale + row_block * groups * R;
-  const uint16_t *minimum = MIN ? w->minimum + row_block * groups * R : nullptr;
-  const int8_t *x[MT];
-  for (int m = 0; m < MT; m++) {
-    x[m] = a->q + (token + m) * blocks * 32;
-    acc[m] = S::zero();
-  }
-  int64_t in_group = 0;
-  for (int64_t b = 0; b < blocks; b++, q += bytes) {
-    I sums[2][MT];
-    if (KIND == OG_INT4) {
-      typename S::Dot4 dots[MT];
-      for (int m = 0; m < MT; m++) dots[m] = S::dot4_zero();
-      for (int j = 0; j < 4; j++) {
-        B packed = S::bytes(q + j * 4 * R), low = S::low(packed), high = S::high(packed);
-        for (int m = 0; m < MT; m++) dots[m] = S::dot4(dots[m], low, S::four(x[m] + b * 32 + 8 * j));
-        for (int m = 0; m < MT; m++) dots[m] = S::dot4(dots[m], high, S::four(x[m] + b * 32 + 8 * j + 4));
-      }
-      for (int m = 0; m < MT; m++) sums[0][m] = S::dot4_sum(dots[m]);
-    } else {
-      for (int h = 0; h < 2; h++) {
-        for (int m = 0; m < MT; m++) sums[h][m] = S::izero();
-        if (KIND == OG_INT6) {
-          B bits = S::bytes(q + (4 + h) * 4 * R);
-          B p0 = S::bytes(q + 2 * h * 4 * R), p1 = S::bytes(q + (2 * h + 1) * 4 * R);
-          B w0 = S::template with_bits<0>(S::low(p0), bits), w1 = S::template with_bits<1>(S::high(p0), bits);
-          for (int m = 0; m < MT; m++) {
-            const int8_t *at = x[m] + b * 32 + 16 * h;
-            sums[h][m] = S::dot6(sums[h][m], w0, S::four(at), w1, S::four(at + 4));
-          }
-          B w2 = S::template with_bits<2>(S::low(p1), bits), w3 = S::template with_bits<3>(S::high(p1), bits);
-          for (int m = 0; m < MT; m++) {
-            const int8_t *at = x[m] + b * 32 + 16 * h;
-            sums[h][m] = S::dot6(sums[h][m], w2, S::four(at + 8), w3, S::four(at + 12));
-          }
-        } else {
-          for (int j = 4 * h; j < 4 * h + 4; j++) {
-            typename S::W8 values = S::w8(S::bytes(q + j * 4 * R));
-            for (int m = 0; m < MT; m++) sums[h][m] = S::dot8(sums[h][m], values, S::four(x[m] + b * 32 + 4 * j));
-          }
-        }
-      }
-      if (!G16)
-        for (int m = 0; m < MT; m++) sums[0][m] = S::iadd(sums[0][m], sums[1][m]);
-    }
-    const int32_t offset = KIND == OG_INT4 ? (MIN ? 0 : 8) : KIND == OG_INT6 ? (MIN ? 0 : 32) : S::dot8_offset;
-    F s = S::f16(scale);
-    if (G16) {
-      F s1 = S::f16(scale + R);
-      for (int m = 0; m < MT; m++) {
-        int64_t at = (token + m) * blocks + b;
-        F sa = S::set(a->scale[at]);
-        F d0 = S::to_float(S::isub(sums[0][m], offset * a->sums[2 * at]));
-        F d1 = S::to_float(S::isub(sums[1][m], offset * a->sums[2 * at + 1]));
-        acc[m] = S::fma(S::fma(s1, d1, S::mul(s, d0)), sa, acc[m]);
-      }
-      scale += 2 * R;
-      continue;
-    }
-    F lowest = S::zero();
-    if (MIN) lowest = S::f16(minimum);
-    for (int m = 0; m < MT; m++) {
-      int64_t at = (token + m) * blocks + b;
-      I sum = sums[0][m];
-      if (offset) sum = S::isub(sum, offset * (a->sums[2 * at] + a->sums[2 * at + 1]));
-      acc[m] = S::fma(S::mul(s, S::set(a->scale[at])), S::to_float(sum), acc[m]);
-      if (MIN) acc[m] = S::fma(lowest, S::set(a->sums32[at]), acc[m]);
-    }
-    if (++in_group == per_group) {
-      in_group = 0;
-      scale += R;
-      if (MIN) minimum += R;
-    }
-  }
-}
-
-struct Output { // where results go: out[t, r] = residual ? alpha * residual[t, r] + y : y
-  const float *bias, *residual;
-  int64_t residual_stride, out_stride;
-  float alpha;
-  float *out;
-  void put(int64_t token, int64_t row, int64_t column, float y) const {
-    if (bias) y += bias[row];
-    if (residual) y += alpha * residual[token * residual_stride + row];
-    out[token * out_stride + column] = y;
-  }
-};
-
-template <class S>
-void put_block(const Output &o, int64_t token, int64_t row, int64_t column, int64_t n, typename S::F y) {
-  if (n < S::lanes) {
-    float values[S::lanes];
-    S::store(values, y);
-    for (int64_t i = 0; i < n; i++) o.put(token, row + i, column + i, values[i]);
-    return;
-  }
-  if (o.bias) y = S::add(y, S::load(o.bias + row));
-  if (o.residual) y = S::fma(S::load(o.residual + token * o.residual_stride + row), S::set(o.alpha), y);
-  S::store(o.out + token * o.out_stride + column, y);
-}
-
-template <class S, int KIND, bool G16, bool MIN, int MT>
-void quantised_tokens(const OgMatrix *w, const OgActivations *a, int64_t token, int64_t row0, int64_t row1,
-                      int64_t shift, const Output &o) {
-  for (int64_t row = row0; row < row1; row += S::lanes) {
-    typename S::F acc[MT];
-    quantised_tile<S, KIND, G16, MIN, MT>(w, a, row / S::lanes, token, acc);
-    int64_t n = w->rows - row < S::lanes ? w->rows - row : S::lanes;
-    for (int m = 0; m < MT; m++) put_block<S>(o, token + m, row, row - shift, n, acc[m]);
-  }
-}
-
-template <class S, int KIND, bool G16, bool MIN, int MT>
-void quantised_rest(const OgMatrix *w, const OgActivations *a, int64_t token, int64_t n_tokens, int64_t row0,
-                    int64_t row1, int64_t shift, const Output &o) {
-  if (n_tokens == MT) quantised_tokens<S, KIND, G16, MIN, MT>(w, a, token, row0, row1, shift, o);
-  else if constexpr (MT > 1) quantised_rest<S, KIND, G16, MIN, MT - 1>(w, a, token, n_tokens, row0, row1, shift, o);
-}
-
-// Rows in strips whose weights stay in the second-level cache while all tokens pass.
-template <class S, int KIND, bool G16, bool MIN>
-void quantised_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t row0, int64_t row1,
-                       const Output &o) {
-  const int MT = S::tokens;
-  int64_t strip = 131072 / (a->blocks * 32);
-  strip = strip < 1 ? S::lanes : round_up(strip, S::lanes);
-  for (int64_t row = row0; row < row1; row += strip) {
-    int64_t end = row + strip < row1 ? row + strip : row1, token = 0;
-    for (; token + MT <= n_tokens; token += MT)
-      quantised_tokens<S, KIND, G16, MIN, MT>(w, a, token, row, end, row0, o);
-    if (token < n_tokens)
-      quantised_rest<S, KIND, G16, MIN, MT - 1>(w, a, token, n_tokens - token, row, end, row0, o);
   }
 }
 

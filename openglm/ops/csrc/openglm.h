@@ -78,12 +78,13 @@ struct OgBatch {
   float *logits;          // (n_outputs, vocab_size)
 };
 
-// Activations quantised for a product: symmetric INT8, 32 columns to a scale, padded to a multiple of 32 with zeros.
+// Activations quantised for a product: symmetric INT8, blocks of 32 columns to a scale, padded with zeros. In tiles of
+// as many tokens as a kernel takes at once (OgKernels.tokens), a block of all of them side by side.
 struct OgActivations {
-  int8_t *q;      // (tokens, blocks * 32)
-  float *scale;   // (tokens, blocks)
-  int32_t *sums;  // (tokens, blocks * 2): sums of q over 16 columns
-  float *sums32;  // (tokens, blocks): scale times the sum over 32 columns
+  int8_t *q;      // (tiles, blocks, tokens, 32)
+  float *scale;   // (tiles, blocks, tokens)
+  float *sums;    // (tiles, blocks, tokens): scale times the sum of q
+  int32_t *minus; // (tiles, blocks, 3, tokens): -128 times the sum of q over columns 0-15, 16-31 and all
   int64_t blocks;
 };
 
@@ -102,7 +103,7 @@ struct OgTile {
 // on how many others are computed beside it.
 struct OgKernels {
   const char *name;
-  int32_t lanes;
+  int32_t lanes, tokens;
   void (*quantise)(const float *x, int64_t n, int64_t token, const OgActivations *out, int64_t first_block);
   void (*norm)(const float *x, const OgNorm *norm, int32_t layer_norm, float eps, int64_t n, float *out);
   // out[t, r - row0] = residual ? alpha * residual[t, r] + y : y, for rows [row0, row1) that start at a row block

@@ -58,7 +58,7 @@ inline uint16_t float_to_bf16(float f) {
 // ---------------------------------------------------------------- plain C++, any number of lanes
 
 template <int N> struct Plain {
-  static constexpr int lanes = N, tokens = 4;
+  static constexpr int lanes = N, tokens = 4, at_once = 4, panel_rows = 0;
   struct F { float v[N]; };
   struct I { int32_t v[N]; };
   struct B { uint8_t v[4 * N]; };
@@ -99,18 +99,17 @@ template <int N> struct Plain {
     return low;
   }
   static I izero() { I r; for (int i = 0; i < N; i++) r.v[i] = 0; return r; }
-  static I isub(I a, int32_t x) { for (int i = 0; i < N; i++) a.v[i] -= x; return a; }
-  static I iadd(I a, I b) { for (int i = 0; i < N; i++) a.v[i] += b.v[i]; return a; }
+  static I shifted(const int32_t *p, int n) { I r; for (int i = 0; i < N; i++) r.v[i] = *p >> n; return r; }
   static F to_float(I a) { F r; for (int i = 0; i < N; i++) r.v[i] = (float)a.v[i]; return r; }
   static I dot(I c, B w, B a) {
     for (int i = 0; i < 4 * N; i++) c.v[i / 4] += (int)w.v[i] * (int8_t)a.v[i];
     return c;
   }
-  static Dot4 dot4_zero() { return izero(); }
+  static Dot4 dot4_start(I init) { return init; }
   static Dot4 dot4(Dot4 c, B w, B a) { return dot(c, w, a); }
-  static I dot4_sum(Dot4 c) { return c; }
+  static I dot4_sum(Dot4 c, I) { return c; }
   static I dot6(I c, B w0, B a0, B w1, B a1) { return dot(dot(c, w0, a0), w1, a1); }
-  static constexpr int dot8_offset = 0; // what `dot8` adds to each weight
+  static constexpr bool unsigned8 = false; // whether `w8` adds 128
   struct W8 { B w; };
   static W8 w8(B w) { return {w}; }
   static I dot8(I c, W8 w, B a) {
