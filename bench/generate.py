@@ -98,12 +98,21 @@ def ours(o: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def in_turns(o: argparse.Namespace, what: str, sides: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What each side's function gave in each round; the order turns round from round to round."""
+    """What each side's function gave in each round; the order turns round from round to round.
+
+    A setting of a peer that fails is left out and named on stderr; SystemExit when ours does, or all of them.
+    """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(o.rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
+        for name in list(found)[:: -1 if number % 2 else 1]:
             print(f"{what}, round {number + 1}/{o.rounds}: {name}", file=sys.stderr)
-            found[name].append(sides[name]())
+            try:
+                found[name].append(sides[name]())
+            except SystemExit as error:
+                if name == "openglm" or len(found) == 2:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                del found[name]
     return found
 
 
@@ -145,8 +154,9 @@ def beside_llama(o: argparse.Namespace, model: str) -> dict[str, Any]:
     for kind, path in (("file", model), ("Q4_0", q4_0)):
         sides[f"llama.cpp {kind}"] = partial(worker, o, "llama", path, python=o.peer_python)
         sides[f"llama.cpp {kind}, flash"] = partial(worker, o, "llama", path, "--flash", python=o.peer_python)
-    result = compared(in_turns(o, name, sides))
-    show(name, list(sides), result)
+    found = in_turns(o, name, sides)
+    result = compared(found)
+    show(name, list(found), result)
     return {"model": Path(model).name, **result}
 
 

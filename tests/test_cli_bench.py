@@ -161,3 +161,33 @@ def test_random_rows_continue_from_their_state() -> None:
     rows = stream.next_rows(3)
     assert (rows.ids == other.next_rows(3).ids).all() and rows.ids.shape == (3, 8)
     assert (rows.ids[:, 1:] == rows.targets[:, :-1]).all() and rows.n_tokens == 24
+
+
+# -------------------------------------------------------------------- bench/generate.py
+
+
+def test_the_comparison_takes_the_best_of_each_peer_setting_and_survives_one_that_fails() -> None:
+    from argparse import Namespace
+
+    from bench.generate import compared, in_turns
+
+    def ours() -> dict[str, Any]:
+        return {
+            "prefill": [90.0, 110.0],
+            "decode": [20.0, 20.0],
+            "bytes_per_pass": 50,
+            "read_bandwidth_bytes_s": 2000.0,
+        }
+
+    def broken() -> dict[str, Any]:
+        raise SystemExit("no such kernel")
+
+    peers = {"a": lambda: {"prefill": [50.0], "decode": [5.0]}, "b": lambda: {"prefill": [40.0], "decode": [10.0]}}
+    found = in_turns(Namespace(rounds=2), "model", {"openglm": ours, "c": broken, **peers})
+    assert list(found) == ["openglm", "a", "b"] and all(len(runs) == 2 for runs in found.values())
+    result = compared(found)
+    assert result["peer_best"] == {"prefill_tok_s": 50.0, "decode_tok_s": 10.0}
+    assert (result["prefill_ratio"], result["decode_ratio"], result["bandwidth_fraction"]) == (2.0, 2.0, 0.5)
+    for sides in ({"openglm": broken, **peers}, {"openglm": ours, "c": broken}):
+        with pytest.raises(SystemExit, match="no such kernel"):
+            in_turns(Namespace(rounds=1), "model", sides)
