@@ -52,6 +52,12 @@ void store_kv(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t hea
   }
 }
 
+// f(row, N) for N rows at a time, then for what is left of them in halves.
+template <int N, class Work> void in_groups(int64_t rows, const Work &f, int64_t first = 0) {
+  for (; first + N <= rows; first += N) f(first, std::integral_constant<int, N>());
+  if constexpr (N > 1) in_groups<N / 2>(rows, f, first);
+}
+
 // Scores of NQ query rows with 16 keys, side by side in memory.
 template <class S, class L, int NQ>
 void score_16(const float *q, int64_t head_dim, const typename L::T *keys, const float *key_scales, float *scores) {
@@ -147,11 +153,9 @@ template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
       int64_t slot = (b + s) % pool->page_size;
       int64_t row = kv_row(pool, t->layer, t->n_kv_heads, c->pages[(b + s) / pool->page_size], t->kv_head) + slot;
       const float *scales = pool->kind == OG_INT8 ? pool->key_scales + row : nullptr;
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        score_16<S, L, 4>(q + r * hd, hd, keys + row * hd, scales, scores + r * KEYS + s);
-      for (; r < rows; r++)
-        score_16<S, L, 1>(q + r * hd, hd, keys + row * hd, scales, scores + r * KEYS + s);
+      in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
+        score_16<S, L, n_rows>(q + r * hd, hd, keys + row * hd, scales, scores + r * KEYS + s);
+      });
     }
     for (int64_t r = 0; r < rows; r++) {
       int64_t count = limits[r] - b < n ? limits[r] - b : n;
@@ -165,11 +169,9 @@ template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
       if (pool->kind == OG_INT8)
         for (int64_t r = 0; r < rows; r++)
           for (int64_t i = 0; i < m; i++) scores[r * KEYS + s + i] *= pool->value_scales[row + i];
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        weigh<S, L, 4>(scores + r * KEYS + s, values + row * hd, m, hd, out + r * hd);
-      for (; r < rows; r++)
-        weigh<S, L, 1>(scores + r * KEYS + s, values + row * hd, m, hd, out + r * hd);
+      in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
+        weigh<S, L, n_rows>(scores + r * KEYS + s, values + row * hd, m, hd, out + r * hd);
+      });
     }
   }
   for (int64_t r = 0; r < rows; r++) {

@@ -42,9 +42,13 @@ void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out
     }
     float largest = S::top(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
     int8_t *q = out->q + at * 32;
-    for (int i = 0; i < V; i++) S::to_s8(q + i * S::lanes, S::mul(v[i], S::set(inverse)));
-    int32_t sums[2] = {0, 0};
-    for (int i = 0; i < 32; i++) sums[i / 16] += q[i];
+    typename S::F halves[2] = {S::zero(), S::zero()}; // sums of whole numbers below 2^24 are exact
+    for (int i = 0; i < V; i++) {
+      typename S::F whole = S::round(S::mul(v[i], S::set(inverse)));
+      S::to_s8(q + i * S::lanes, whole);
+      halves[2 * i / V] = S::add(halves[2 * i / V], whole);
+    }
+    const int32_t sums[2] = {(int32_t)S::sum(halves[0]), (int32_t)S::sum(halves[1])};
     out->scale[at] = largest / 127.0f + S::sum(odd);
     out->sums[at] = out->scale[at] * (float)(sums[0] + sums[1]);
     int32_t *minus = out->minus + block * 3 * S::tokens + m;
