@@ -111,19 +111,15 @@ def _fill(o: argparse.Namespace) -> int:
 
 
 def _chat_options(p: Parser) -> None:
-    model_option(p)
-    p.add_argument("--system", metavar="TEXT", help="system message to start with")
-    answer_options(p)
-    sampling_options(p, "256", "the checkpoint's")
-    place_options(p)
-    common_options(p, json_output=False)
+    from openglm.cli_chat import chat_options
+
+    chat_options(p)
 
 
 def _chat(o: argparse.Namespace) -> int:
-    from openglm.cli_chat import chat_loop
+    from openglm.cli_chat import chat
 
-    params = sampling(o) | answer_limits(o)
-    return chat_loop(load_model(o), o.system, params)
+    return chat(o)
 
 
 def _serve_options(p: Parser) -> None:

@@ -1,59 +1,105 @@
-"""`openglm chat`: a conversation in the terminal, or over a pipe.
+"""`openglm chat`: a conversation in the terminal, or over a pipe, with a model here or on a server.
 
     printf 'Hello!\\n/quit\\n' | python -m openglm chat
+    python -m openglm chat --url http://localhost:8000
 
 Ctrl-C stops the answer and not the program; what was said so far stays in the conversation. Lines that begin with a
-slash are commands, see `HELP`.
+slash are commands, see cli_chat_commands.py. cli_chat_input.py reads lines, cli_chat_view.py shows answers.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
+import argparse
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from openglm.config import nearest
-from openglm.types import Message
+from openglm.cli_chat_commands import COMMANDS, Conversation, run_command
+from openglm.cli_chat_input import Input, make_input
+from openglm.cli_chat_view import View, make_view, notice
+from openglm.cli_options import (
+    Parser,
+    answer_limits,
+    answer_options,
+    clean,
+    common_options,
+    load_model,
+    model_option,
+    place_options,
+    sampling,
+    sampling_options,
+)
+from openglm.types import ChatBackend, Event, Message, Usage
 
-if TYPE_CHECKING:
-    from openglm.chat import ChatModel
+__all__ = ["Chat", "chat", "chat_options"]
 
-__all__ = ["chat_loop"]
 
-HELP = """\
-/clear          forget the conversation (the system message stays)
-/system TEXT    set the system message; without TEXT, remove it
-/save FILE      write the conversation as JSON
-/help           this list
-/quit           leave, as Ctrl-D does
-Ctrl-C          stop the answer"""
-COMMANDS = ["/clear", "/system", "/save", "/help", "/quit"]
-# A model may write any character; those that steer the terminal are left out.
-CONTROL = {c: None for c in [*range(32), 127, *range(0x80, 0xA0)] if chr(c) not in "\n\t"}
+def chat_options(p: Parser) -> None:
+    model_option(p)
+    p.add_argument("--url", metavar="URL", help="talk to the OpenAI-compatible server there instead")
+    p.add_argument("--model", metavar="NAME", dest="name", help="with --url: its model (default: the only one)")
+    p.add_argument("--api-key", metavar="KEY", help="with --url: its key (default: OPENAI_API_KEY)")
+    p.add_argument("--system", metavar="TEXT", help="system message to start with")
+    answer_options(p)
+    sampling_options(p, "256", "the checkpoint's")
+    place_options(p)
+    common_options(p, json_output=False)
+
+
+def chat(o: argparse.Namespace) -> int:
+    system, params = clean(o.system) if o.system else None, sampling(o) | answer_limits(o)
+    if o.url is None:
+        for option, value in (("--model", o.name), ("--api-key", o.api_key)):
+            if value is not None:
+                raise ValueError(f"{option} goes with --url; a model here is named without an option")
+        model = load_model(o)
+        model.require_format()
+        name, context = model.meta.description.get("name") or o.model or "glm-nano", model.engine.config.max_seq_len
+        return Chat(model, str(name), context, system, params).run()
+    local = {"MODEL": o.model, "--adapter": o.adapter, "--dtype": o.dtype, "--threads": o.threads,
+             "--device": None if o.device == "auto" else o.device}  # fmt: skip
+    for option, value in local.items():
+        if value is not None:
+            raise ValueError(f"{option} is for a model here, not for the one at --url (--model NAME chooses there)")
+    from openglm.agent.http_backend import HttpBackend
+
+    backend = HttpBackend(o.url, o.name, o.api_key)
+    return Chat(backend, backend.model, None, system, params, remote=True).run()
 
 
 class Interrupt:
-    """Ctrl-C while an answer is being made: the first sets `hit`, a second one breaks off whatever runs."""
+    """Ctrl-C while an answer is being made: the first sets `hit`, a second one breaks off whatever runs.
 
-    def __init__(self) -> None:
-        self.hit = False
+    at_once: the first breaks off as well where the next event is waited for, which a silent network may keep back.
+    """
+
+    def __init__(self, at_once: bool) -> None:
+        self.hit = self.waits = False
+        self.at_once = at_once
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.hit:
+        again, self.hit = self.hit, True
+        if again or (self.at_once and self.waits):
             raise KeyboardInterrupt
-        self.hit = True
+
+    def until_hit(self, events: Iterator[Event]) -> Iterator[Event]:
+        while not self.hit:
+            self.waits = True
+            event = next(events, None)
+            self.waits = False
+            if event is None:
+                return
+            yield event
 
 
 @contextmanager
-def _interruptible() -> Iterator[Interrupt]:
-    interrupt = Interrupt()
+def _interruptible(at_once: bool) -> Iterator[Interrupt]:
+    interrupt = Interrupt(at_once)
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield interrupt
@@ -61,122 +107,149 @@ def _interruptible() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, before)
 
 
-class Conversation:
-    """Messages and the system message in front of them."""
+@dataclass
+class Stats:
+    """Of one answer. first_s: until its first piece; n_pieces stands for its tokens where they are not told."""
 
-    def __init__(self, system: str | None) -> None:
-        self.system = system
-        self.messages: list[Message] = []
+    first_s: float = 0.0
+    total_s: float = 0.0
+    n_pieces: int = 0
+    usage: Usage | None = None
 
-    def all(self) -> list[Message]:
-        return ([Message("system", self.system)] if self.system else []) + self.messages
-
-    def save(self, path: Path) -> None:
-        rows = [
-            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
-            for m in self.all()
-        ]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    @property
+    def tokens_per_s(self) -> float | None:
+        """After the first one."""
+        n = self.usage.completion_tokens if self.usage else self.n_pieces
+        span = self.total_s - self.first_s
+        return (n - 1) / span if n > 1 and span > 0 else None
 
 
-def chat_loop(model: ChatModel, system: str | None = None, sampling: dict[str, Any] | None = None) -> int:
-    """Read lines from stdin and stream answers to stdout until /quit or the end of input; returns the exit code."""
-    model.require_format()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        import readline  # noqa: F401  gives input() line editing and history
+class Chat:
+    """A conversation with a backend. name: of the model. context: what it holds in tokens, where that is known.
 
-        print("Type a message; /help lists commands, Ctrl-D leaves.")
-    conversation = Conversation(system)
-    while True:
-        try:
-            line = input("you> " if terminal else "").strip()
-            if line.startswith("/"):
-                if not _command(line, conversation):
-                    return 0
-            elif line:
-                _answer(model, conversation, line, sampling or {}, terminal)
-        except EOFError:
-            if terminal:
-                print()
-            return 0
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            _notice("/quit or Ctrl-D leaves")
+    remote: it is far away, so Ctrl-C does not wait for it.
+    """
 
+    def __init__(
+        self, backend: ChatBackend, name: str, context: int | None, system: str | None = None,
+        sampling: Mapping[str, Any] | None = None, remote: bool = False,
+    ) -> None:  # fmt: skip
+        self.backend, self.name, self.context, self.remote = backend, name, context, remote
+        self.sampling = dict(sampling or {})
+        self.conversation = Conversation(system)
+        self.stats: list[Stats] = []
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.view: View = make_view(self.terminal)
+        self.input: Input = make_input(self.terminal, list(COMMANDS), self.status)
 
-def _command(line: str, conversation: Conversation) -> bool:
-    """Do a slash command; False to leave."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
-    if name == "/quit":
-        return False
-    if name == "/help":
-        print(HELP)
-    elif name == "/clear":
-        conversation.messages.clear()
-    elif name == "/system":
-        conversation.system = argument or None
-    elif name == "/save":
-        if not argument:
-            _notice("/save needs a file name")
-            return True
-        path = Path(argument).expanduser()
-        try:
-            conversation.save(path)
-            print(f"saved {len(conversation.all())} messages to {path}")
-        except OSError as error:
-            _notice(f"cannot write {path}: {error.strerror}")
-    else:
-        _notice(f"unknown command {name}{nearest(name, COMMANDS)}; /help lists them")
-    return True
-
-
-def _answer(model: ChatModel, conversation: Conversation, text: str, sampling: dict[str, Any], terminal: bool) -> None:
-    """Stream one answer and add both messages, unless the question could not be asked at all."""
-    question = Message("user", text)
-    said: list[str] = []
-    thought: list[str] = []
-    reason = None
-    try:
-        with _interruptible() as interrupt:
-            if terminal:
-                print("glm> ", end="", flush=True)
+    def run(self) -> int:
+        """Read messages and answer until /quit or the end of input; the exit code."""
+        if self.terminal:
+            print(f"{self.name}. Type a message; /help lists commands, Ctrl-D leaves.")
+        text = ""
+        while True:
             try:
-                for event in model.stream([*conversation.all(), question], **sampling):
-                    reason = event.finish_reason
-                    if event.reasoning:
-                        thought.append(event.reasoning)
-                        if terminal:  # dim; a pipe gets the answer alone
-                            print(f"\x1b[2m{event.reasoning.translate(CONTROL)}\x1b[0m", end="", flush=True)
-                    if event.text:
-                        said.append(event.text)
-                        print(event.text.translate(CONTROL), end="", flush=True)
-                    if interrupt.hit:
-                        break
+                line, text = self.input.read("you> ", text), ""
+                if line.startswith("/"):
+                    if (result := run_command(self, line)) is False:
+                        return 0
+                    text = result if isinstance(result, str) else ""
+                elif line:
+                    self.ask(self.conversation.question(clean(line)))
+            except EOFError:
+                if self.terminal:
+                    print()
+                return 0
+            except KeyboardInterrupt:
+                text = ""
+                print(file=sys.stderr)
+                notice("/quit or Ctrl-D leaves")
+
+    def status(self) -> str:
+        """The line below the prompt."""
+        parts = [self.name]
+        if self.stats:
+            last = self.stats[-1]
+            if last.tokens_per_s is not None:
+                parts.append(f"{last.tokens_per_s:.1f} tokens/s")
+            if last.usage is not None:
+                used = last.usage.prompt_tokens + last.usage.completion_tokens
+                parts.append(f"{used} tokens" if self.context is None else f"{used} of {self.context} tokens")
+        if self.conversation.attached:
+            parts.append(f"attached: {', '.join(name for name, _ in self.conversation.attached)}")
+        return " · ".join(parts)
+
+    def ask(self, question: Message) -> bool:
+        """One turn: the question, the answer, and what tools gave back between. False: it was not answered."""
+        conversation = self.conversation
+        conversation.unanswered = question
+        turn = [question]
+        while (reply := self._answer([*conversation.all(), *turn])) is not None:
+            results = self._results(reply) if reply.tool_calls else None
+            if results is None:  # a call without a result cannot stay in a conversation
+                turn.append(Message("assistant", reply.content, reasoning=reply.reasoning))
+                conversation.answered(turn)
+                return True
+            turn += [reply, *results]
+        return False
+
+    def _answer(self, messages: list[Message]) -> Message | None:
+        """Show one answer; None where there was an error. Stopped by Ctrl-C it is what was said so far."""
+        seen: list[Event] = []
+        error = None
+        tools = self.conversation.tools
+        stats, started = Stats(), time.monotonic()
+        with _interruptible(self.remote) as interrupt:
+            self.view.begin()
+            try:
+                events = self.backend.stream(messages, tools, **self.sampling)
+                try:
+                    for event in interrupt.until_hit(events):
+                        stats.first_s = stats.first_s if seen else time.monotonic() - started
+                        seen.append(event)
+                        self._show(event)
+                finally:
+                    getattr(events, "close", lambda: None)()
             except KeyboardInterrupt:
                 interrupt.hit = True
-    except ValueError as error:
-        print(flush=True)
-        _notice(str(error))
-        return
-    print(flush=True)
-    if interrupt.hit:
-        _notice("stopped")
-    elif reason == "length":
-        _notice("the answer was cut at its length limit")
-    conversation.messages += [question, Message("assistant", "".join(said), reasoning="".join(thought))]
+            except ValueError as wrong:
+                error = str(wrong)
+            finally:
+                self.view.end()
+        last = seen[-1] if seen else Event()
+        stats.total_s, stats.usage = time.monotonic() - started, last.usage
+        stats.n_pieces = sum(bool(e.text or e.reasoning) for e in seen)
+        if error is not None:
+            notice(error)
+            return None
+        self.stats.append(stats)
+        if interrupt.hit:
+            notice("stopped")
+        elif last.finish_reason == "length":
+            notice("the answer was cut at its length limit")
+        calls = () if interrupt.hit else tuple(e.tool_call for e in seen if e.tool_call is not None)
+        thought = "".join(e.reasoning for e in seen)
+        return Message("assistant", "".join(e.text for e in seen), calls, reasoning=thought)
 
+    def _show(self, event: Event) -> None:
+        if event.reasoning:
+            self.view.reasoning(event.reasoning)
+        if event.text:
+            self.view.text(event.text)
+        if event.tool_call is not None:
+            self.view.call(event.tool_call)
 
-def _notice(text: str) -> None:
-    print(f"openglm: {text}", file=sys.stderr, flush=True)
+    def _results(self, reply: Message) -> list[Message] | None:
+        """What the called functions give, typed by hand; None: not given."""
+        results = []
+        for call in reply.tool_calls:
+            try:
+                content = clean(self.input.read(f"result of {call.name}> "))
+            except (EOFError, KeyboardInterrupt):
+                content = ""
+            if not content:
+                notice(f"no result of {call.name} given: the turn ends here")
+                return None
+            self.view.result(call.name, content)
+            results.append(Message("tool", content, tool_call_id=call.id, name=call.name))
+        return results

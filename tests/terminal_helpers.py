@@ -1,0 +1,105 @@
+"""A program in a terminal whose screen can be read: a pseudo-terminal with pyte, an emulator, at the other end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyte
+
+__all__ = ["Terminal", "text_of", "terminal"]
+
+
+def text_of(screen: pyte.HistoryScreen) -> list[str]:
+    """Lines above the screen and on it, without blanks at their ends and empty ones at the end of all."""
+
+    def line(cells: Any) -> str:
+        # A wide character is followed by an empty cell.
+        return "".join(cells[x].data for x in range(screen.columns)).rstrip()
+
+    lines = [line(cells) for cells in screen.history.top] + [line(screen.buffer[y]) for y in range(screen.lines)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+class Terminal:
+    def __init__(self, process: subprocess.Popen[bytes], leader: int, columns: int, rows: int) -> None:
+        self.process, self._leader = process, leader
+        self.screen = pyte.HistoryScreen(columns, rows, history=5000, ratio=0.5)
+        self.screen.write_process_input = lambda data: os.write(leader, data.encode())  # type: ignore[assignment, method-assign]
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(text_of(self.screen))
+
+    def press(self, keys: str | bytes) -> None:
+        os.write(self._leader, keys.encode() if isinstance(keys, str) else keys)
+
+    def wait(self, enough: str | Callable[[str], bool], seconds: float = 120.0) -> str:
+        """Until the text is on the screen, or what is there is enough; returns it."""
+        done = (lambda text: enough in text) if isinstance(enough, str) else enough
+        until = time.monotonic() + seconds
+        while not done(self.text):
+            assert time.monotonic() < until, f"gave up waiting for {enough!r}; on the screen:\n{self.text}"
+            if select.select([self._leader], [], [], 0.2)[0]:
+                try:
+                    data = os.read(self._leader, 65536)
+                except OSError:
+                    data = b""
+                assert data, f"the program ended; on the screen:\n{self.text}"
+                self.raw += data
+                self._stream.feed(data)
+        return self.text
+
+    def wait_prompt(self, n: int) -> str:
+        """Until the n-th prompt has come."""
+        return self.wait(lambda text: sum(line.startswith("you>") for line in text.splitlines()) >= n)
+
+    def leave(self) -> int:
+        self.press(b"\x04")
+        until = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < until:
+            if select.select([self._leader], [], [], 0.1)[0]:
+                try:
+                    os.read(self._leader, 65536)
+                except OSError:
+                    break
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def terminal(
+    command: Sequence[str], environment: dict[str, str], columns: int = 80, rows: int = 24
+) -> Iterator[Terminal]:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    hidden = ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR", "OPENAI_API_KEY")
+    inherited = {k: v for k, v in os.environ.items() if k not in hidden}
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, preexec_fn=own_terminal,
+        env={**inherited, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment},
+    )  # fmt: skip
+    os.close(follower)
+    try:
+        yield Terminal(process, leader, columns, rows)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
