@@ -15,11 +15,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from openglm.cli_chat_commands import COMMANDS, Conversation, run_command
+from openglm.cli_chat_commands import COMMANDS, Conversation, Stats, run_command
 from openglm.cli_chat_input import Input, make_input
 from openglm.cli_chat_view import View, make_view, notice
 from openglm.cli_options import (
@@ -34,7 +33,7 @@ from openglm.cli_options import (
     sampling,
     sampling_options,
 )
-from openglm.types import ChatBackend, Event, Message, Usage
+from openglm.types import ChatBackend, Event, Message
 
 __all__ = ["Chat", "chat", "chat_options"]
 
@@ -105,23 +104,6 @@ def _interruptible(at_once: bool) -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@dataclass
-class Stats:
-    """Of one answer. first_s: until its first piece; n_pieces stands for its tokens where they are not told."""
-
-    first_s: float = 0.0
-    total_s: float = 0.0
-    n_pieces: int = 0
-    usage: Usage | None = None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """After the first one."""
-        n = self.usage.completion_tokens if self.usage else self.n_pieces
-        span = self.total_s - self.first_s
-        return (n - 1) / span if n > 1 and span > 0 else None
 
 
 class Chat:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from openglm.cli_chat_input import Input
 from openglm.cli_chat_view import notice
 from openglm.config import nearest
-from openglm.types import Message, SamplingParams, ToolSpec
+from openglm.types import Message, SamplingParams, ToolSpec, Usage
 
-if TYPE_CHECKING:
-    from openglm.cli_chat import Chat
-
-__all__ = ["COMMANDS", "Conversation", "run_command"]
+__all__ = ["COMMANDS", "Conversation", "Session", "Stats", "run_command"]
 
 MAX_FILE_BYTES = 1 << 20
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty", "frequency_penalty",
@@ -84,6 +83,35 @@ class Conversation:
         self.unanswered = None
 
 
+@dataclass
+class Stats:
+    """Of one answer. first_s: until its first piece; n_pieces stands for its tokens where they are not told."""
+
+    first_s: float = 0.0
+    total_s: float = 0.0
+    n_pieces: int = 0
+    usage: Usage | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """After the first one."""
+        n = self.usage.completion_tokens if self.usage else self.n_pieces
+        span = self.total_s - self.first_s
+        return (n - 1) / span if n > 1 and span > 0 else None
+
+
+class Session(Protocol):
+    """What commands work on: the chat of cli_chat.py."""
+
+    conversation: Conversation
+    sampling: dict[str, Any]
+    stats: list[Stats]
+    input: Input
+    context: int | None
+
+    def ask(self, question: Message) -> bool: ...
+
+
 def _as_dict(m: Message) -> dict[str, Any]:
     value: dict[str, Any] = {"role": m.role, "content": m.content}
     if m.reasoning:
@@ -122,7 +150,7 @@ def _read(path: Path) -> str:
 # -------------------------------------------------------------------- commands
 
 
-def _help(chat: Chat, argument: str) -> None:
+def _help(chat: Session, argument: str) -> None:
     width = max(len(f"{name} {takes}") for name, (takes, _, _) in COMMANDS.items()) + 2
     for name, (takes, about, _) in COMMANDS.items():
         print(f"{f'{name} {takes}'.strip():<{width}}{about}")
@@ -130,17 +158,17 @@ def _help(chat: Chat, argument: str) -> None:
     print(f"{chr(34) * 3:<{width}}opens and closes a message of several lines; Esc Enter begins a new line, too")
 
 
-def _clear(chat: Chat, argument: str) -> None:
+def _clear(chat: Session, argument: str) -> None:
     chat.conversation.messages.clear()
     chat.conversation.attached.clear()
     chat.conversation.unanswered = None
 
 
-def _system(chat: Chat, argument: str) -> None:
+def _system(chat: Session, argument: str) -> None:
     chat.conversation.system = argument or None
 
 
-def _undo(chat: Chat, argument: str) -> None:
+def _undo(chat: Session, argument: str) -> None:
     start = chat.conversation.last_question()
     if start is None:
         raise ValueError("there is no question yet")
@@ -150,11 +178,11 @@ def _undo(chat: Chat, argument: str) -> None:
     print(f"forgotten: {_short(question)}")
 
 
-def _retry(chat: Chat, argument: str) -> None:
+def _retry(chat: Session, argument: str) -> None:
     _ask_again(chat, None)
 
 
-def _edit(chat: Chat, argument: str) -> str | None:
+def _edit(chat: Session, argument: str) -> str | None:
     conversation = chat.conversation
     if argument:
         _ask_again(chat, argument)
@@ -172,7 +200,7 @@ def _edit(chat: Chat, argument: str) -> str | None:
     return text
 
 
-def _ask_again(chat: Chat, text: str | None) -> None:
+def _ask_again(chat: Session, text: str | None) -> None:
     """The last question, or `text` in its place. Without an answer, all stays as it was."""
     conversation = chat.conversation
     before, start = list(conversation.messages), conversation.last_question()
@@ -186,13 +214,13 @@ def _ask_again(chat: Chat, text: str | None) -> None:
         conversation.messages = before
 
 
-def _save(chat: Chat, argument: str) -> None:
+def _save(chat: Session, argument: str) -> None:
     path = _path(argument, "/save")
     chat.conversation.save(path)
     print(f"saved {len(chat.conversation.all())} messages to {path}")
 
 
-def _load(chat: Chat, argument: str) -> None:
+def _load(chat: Session, argument: str) -> None:
     path = _path(argument, "/load")
     try:
         chat.conversation.load(path)
@@ -201,7 +229,7 @@ def _load(chat: Chat, argument: str) -> None:
     print(f"loaded {len(chat.conversation.all())} messages from {path}")
 
 
-def _file(chat: Chat, argument: str) -> None:
+def _file(chat: Session, argument: str) -> None:
     path = _path(argument, "/file")
     try:
         text = _read(path)
@@ -211,7 +239,7 @@ def _file(chat: Chat, argument: str) -> None:
     print(f"attached {path.name} ({len(text)} characters): it goes with the next message")
 
 
-def _tools(chat: Chat, argument: str) -> None:
+def _tools(chat: Session, argument: str) -> None:
     if argument:
         path = _path(argument, "/tools")
         try:
@@ -225,7 +253,7 @@ def _tools(chat: Chat, argument: str) -> None:
         print("no tools: /tools FILE reads their descriptions; you type what a called one gives")
 
 
-def _set(chat: Chat, argument: str) -> None:
+def _set(chat: Session, argument: str) -> None:
     name, _, text = argument.replace("=", " ").partition(" ")
     if not name:
         for setting in SETTINGS:
@@ -244,7 +272,7 @@ def _set(chat: Chat, argument: str) -> None:
     chat.sampling[name] = value
 
 
-def _stats(chat: Chat, argument: str) -> None:
+def _stats(chat: Session, argument: str) -> None:
     if not chat.stats:
         raise ValueError("there is no answer yet")
     last = chat.stats[-1]
@@ -260,7 +288,7 @@ def _stats(chat: Chat, argument: str) -> None:
         )
 
 
-def _quit(chat: Chat, argument: str) -> bool:
+def _quit(chat: Session, argument: str) -> bool:
     return False
 
 
@@ -275,7 +303,7 @@ def _short(text: str) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-Function = Callable[["Chat", str], "str | bool | None"]
+Function = Callable[[Session, str], "str | bool | None"]
 COMMANDS: Mapping[str, tuple[str, str, Function]] = {  # what it takes, what it does
     "/system": ("TEXT", "set the system message; without TEXT, remove it", _system),
     "/clear": ("", "forget the conversation (the system message stays)", _clear),
@@ -294,7 +322,7 @@ COMMANDS: Mapping[str, tuple[str, str, Function]] = {  # what it takes, what it 
 }
 
 
-def run_command(chat: Chat, line: str) -> str | bool | None:
+def run_command(chat: Session, line: str) -> str | bool | None:
     """Do what a line that begins with a slash says. Mistakes are told and end nothing."""
     name, _, argument = line.partition(" ")
     if name not in COMMANDS:
