@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}
 MIB = 1 << 20
 CONFIG = SandboxConfig(
     isolation="bubblewrap", memory_bytes=512 * MIB, disk_bytes=32 * MIB, scratch_bytes=16 * MIB, file_bytes=8 * MIB,
-    n_files=400, n_processes=40, flood_bytes=2 * MIB, grace_s=5.0, timeout_s=30.0,
+    n_files=400, n_processes=40, flood_bytes=2 * MIB, grace_s=3.0, timeout_s=30.0,
 )  # fmt: skip
 
 
@@ -56,17 +56,18 @@ def box(shared: Sandbox, host: Host) -> Iterator[Sandbox]:
 
 # Name, code whose last expression is the outcome, and the outcomes that are right (repr). {…} are things of the host.
 ATTEMPTS: list[tuple[str, str, str]] = [
-    ("mount", "native('mount', b'tmpfs', b'/tmp', b'tmpfs', 0, 0)", "EPERM"),
-    ("bind mount of /proc", "native('mount', b'/proc', b'/tmp', 0, 4096, 0)", "EPERM"),
+    ("mount", "native('mount', b'tmpfs', b'/scratch', b'tmpfs', 0, 0)", "EPERM"),
+    ("bind mount of /proc", "native('mount', b'/proc', b'/scratch', 0, 4096, 0)", "EPERM"),
     ("unmount", "native('umount2', b'/workspace', 2)", "EPERM"),
-    ("chroot", "native('chroot', b'/tmp')", "EPERM"),
-    ("pivot_root", "native('syscall', 155, b'/tmp', b'/tmp')", "EPERM"),
+    ("chroot", "native('chroot', b'/scratch')", "EPERM"),
+    ("pivot_root", "native('syscall', 155, b'/scratch', b'/scratch')", "EPERM"),
     ("new user name space", "native('unshare', 0x10000000)", "EPERM"),
     ("new mount name space", "native('unshare', 0x00020000)", "EPERM"),
     ("clone into a user name space", "native('syscall', 56, 0x10000000 | 17, 0, 0, 0, 0)", "EPERM"),
     ("clone3", "native('syscall', 435, 0, 0)", "ENOSYS"),
     ("a system call from the future", "native('syscall', 470)", "ENOSYS"),
-    ("setns to the first process", "native('setns', os.open('/proc/1/ns/net', os.O_RDONLY), 0)", "EPERM|EACCES"),
+    ("another name space", "[native('setns', os.open('/proc/self/ns/net', os.O_RDONLY), 0)]", "['EPERM']"),
+    ("name spaces of the first process", "attempt(os.open, '/proc/1/ns/net', os.O_RDONLY)", "refused"),
     ("ptrace", "native('ptrace', 16, 1, 0, 0)", "EPERM"),
     ("process_vm_writev", "native('process_vm_writev', 1, 0, 0, 0, 0, 0)", "EPERM"),
     ("memory of the first process", "attempt(open, '/proc/1/mem', 'r+b')", "refused"),
@@ -105,11 +106,11 @@ ATTEMPTS: list[tuple[str, str, str]] = [
      "False"),
     ("kernel settings", "attempt(open, '/proc/sys/kernel/core_pattern', 'w')", "refused"),
     ("magic keys", "attempt(open, '/proc/sysrq-trigger', 'w')", "refused"),
-    ("start line of the host", "reads('/proc/cmdline')", "b''"),
+    ("start line of the host", "reads('/proc/cmdline') in (b'', 'EACCES', 'EPERM')", "True"),
     ("/sys", "sees('/sys')", "False"),
     ("devices", "sorted(os.listdir('/dev'))", "['fd', 'full', 'null', 'random', 'shm', 'urandom', 'zero']"),
-    ("make a device", "attempt(os.mknod, '/tmp/disk', 0o060600, os.makedev(8, 0))", "refused"),
-    ("make a character device", "attempt(os.mknod, '/tmp/kmem', 0o020600, os.makedev(1, 2))", "refused"),
+    ("make a device", "attempt(os.mknod, '/scratch/disk', 0o060600, os.makedev(8, 0))", "refused"),
+    ("make a character device", "attempt(os.mknod, '/scratch/kmem', 0o020600, os.makedev(1, 2))", "refused"),
     ("write into the system", "[attempt(open, p, 'w') for p in ('/usr/x', '/etc/x', '/x', '/dev/x', '/openglm/x', "
      "sys.prefix + '/x')]", "['refused', 'refused', 'refused', 'refused', 'refused', 'refused']"),
     ("change a library", "attempt(os.chmod, os.__file__, 0o777)", "refused"),
@@ -132,7 +133,7 @@ ATTEMPTS: list[tuple[str, str, str]] = [
      "['sandbox', '']"),
     ("open descriptors of the host", "[p for p in (os.readlink(f'/proc/self/fd/{{n}}') for n in os.listdir('/proc/self/fd')"
      " if sees(f'/proc/self/fd/{{n}}')) if p.startswith('/') and not p.startswith(('/dev/', '/proc/', '/usr/'))]", "[]"),
-    ("lower the OOM score", "attempt(lambda: open('/proc/self/oom_score_adj', 'w').write('-1000'))", "refused"),
+    ("lower the OOM score", "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))", "refused"),
     ("real-time priority", "attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(50))", "refused"),
     ("negative niceness", "attempt(os.nice, -5)", "refused"),
 ]  # fmt: skip
@@ -166,7 +167,7 @@ def test_fork_bomb(box: Sandbox) -> None:
 
 
 def test_fork_bomb_that_grows_by_itself(box: Sandbox) -> None:
-    result = box.run("while True:\n    try: os.fork()\n    except OSError: pass", timeout_s=3)
+    result = box.run("while True:\n    try: os.fork()\n    except OSError: pass", timeout_s=2)
     assert result.error_name in ("Stopped", "Died", "OSError", "BlockingIOError")
     assert sum(1 for name in os.listdir("/proc") if name.isdigit()) < 5000
     box.restart()
@@ -208,9 +209,9 @@ def test_disk_fill(box: Sandbox) -> None:
     fill = "for i in range(100): open(f'{where}/big{{i}}', 'wb').write(bytes(1 << 20))"
     assert "No space left" in box.run(fill.format(where="/workspace")).error
     assert box.files.folder.exists() and sum(box.files.sizes.values()) <= CONFIG.disk_bytes
-    assert "No space left" in box.run(fill.format(where="/tmp")).error
+    assert "No space left" in box.run(fill.format(where="/scratch")).error
     assert "No space left" in box.run(fill.format(where="/dev/shm")).error
-    box.run("subprocess.run('rm -f /workspace/big* /tmp/big* /dev/shm/big*', shell=True)")
+    box.run("subprocess.run('rm -f /workspace/big* /scratch/big* /dev/shm/big*', shell=True)")
     assert not [name for name in box.files.names() if name.startswith("big")]
 
 
@@ -254,9 +255,7 @@ def test_names_of_files_that_lead_out(host: Host, tmp_path: Path) -> None:
         folder.receive(name, b"data", True, changed)
         with pytest.raises(ValueError, match="not the name of a file"):
             folder.write(name, b"data")
-    assert not changed and [p.name for p in tmp_path.rglob("*")] == ["in", "here"] or sorted(
-        p.name for p in tmp_path.rglob("*")
-    ) == ["here", "in"]
+    assert not changed and sorted(path.name for path in tmp_path.rglob("*")) == ["here", "in"]
     with pytest.raises(ProtocolError):
         for _ in range(100):
             folder.receive("endless", bytes(1 << 20), False, changed)
@@ -264,16 +263,16 @@ def test_names_of_files_that_lead_out(host: Host, tmp_path: Path) -> None:
 
 def test_what_another_conversation_has(box: Sandbox, host: Host) -> None:
     with Sandbox(CONFIG) as other:
-        other.run("open('private.txt', 'w').write('theirs'); open('/tmp/private.txt', 'w').write('theirs')\n"
+        other.run("open('private.txt', 'w').write('theirs'); open('/scratch/private.txt', 'w').write('theirs')\n"
                   "import subprocess; child = subprocess.Popen(['sleep', '300'])")  # fmt: skip
         assert other.files.names() == ["private.txt"]
-        places = ["/workspace/private.txt", "/tmp/private.txt", str(other.files.folder / "private.txt")]
+        places = ["/workspace/private.txt", "/scratch/private.txt", str(other.files.folder / "private.txt")]
         assert box.run(f"[reads(p) for p in {places!r}]").result == "['ENOENT', 'ENOENT', 'ENOENT']"
         assert box.run("subprocess.run(['pgrep', 'sleep'], capture_output=True).returncode").result != "0"
 
 
 def test_kill_everything_inside(box: Sandbox) -> None:
-    result = box.run("os.kill(-1, 9); os.kill(os.getpid(), 9)")
+    result = box.run("child = subprocess.Popen(['sleep', '100']); os.kill(-1, 9); os.kill(os.getpid(), 9)")
     assert result.error_name == "Died" and "SIGKILL" in result.error
     assert "SIGKILL" in box.run("1").state_lost
 

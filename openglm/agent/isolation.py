@@ -29,7 +29,7 @@ from openglm.agent.seccomp import seccomp_program
 __all__ = ["Bubblewrap", "Container", "Isolation", "NoIsolation", "SandboxUnavailable", "find_isolation"]
 
 INSIDE = Path(__file__).parent / "inside"
-PROGRAMS, WORKDIR, SCRATCH, USER = "/openglm", "/workspace", "/tmp", 1000
+PROGRAMS, WORKDIR, SCRATCH, USER = "/openglm", "/workspace", "/scratch", 1000
 NEEDED = ("ipykernel", "jupyter_client", "matplotlib_inline")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 GIB = 1 << 30
@@ -149,7 +149,10 @@ def _namespaces(config: SandboxConfig) -> list[str]:
             options += ["--ro-bind", name, name]
     for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         options += ["--ro-bind-try", name, name]
-    for prefix in sorted({os.path.realpath(sys.base_prefix), sys.base_prefix, sys.prefix}):
+    prefixes = sorted({os.path.realpath(sys.base_prefix), sys.base_prefix, sys.prefix})
+    if not any(Path(prefix).is_relative_to("/tmp") for prefix in prefixes):
+        options += ["--symlink", SCRATCH, "/tmp"]
+    for prefix in prefixes:
         if not Path(prefix).is_relative_to("/usr"):
             options += [*_parents(prefix), "--ro-bind", prefix, prefix]
     options += ["--ro-bind", str(INSIDE), PROGRAMS, "--proc", "/proc", "--ro-bind", os.devnull, "/proc/cmdline"]

@@ -197,11 +197,12 @@ class Bridge:
 
     def output(self, stream: str, text: str) -> None:
         """Pass text on; a cell that prints without end is stopped."""
-        before, self.printed = self.printed, self.printed + len(text)
-        if self.printed <= self.config["flood_bytes"]:
-            for start in range(0, len(text), PIECE):
-                self.send("output", stream=stream, text=text[start : start + PIECE])
-        elif before <= self.config["flood_bytes"]:
+        before, limit = self.printed, self.config["flood_bytes"]
+        self.printed += len(text)
+        text = text[: max(0, limit - before)]
+        for start in range(0, len(text), PIECE):
+            self.send("output", stream=stream, text=text[start : start + PIECE])
+        if before <= limit < self.printed:
             self.send("flood")
             self.interrupt()
 
@@ -270,6 +271,7 @@ def make_app(config: dict[str, Any]) -> Any:
     )  # fmt: skip
     app.config.HistoryManager.enabled = False
     app.config.InteractiveShell.colors = "NoColor"
+    app.config.InteractiveShell.xmode = "Plain"  # what every Python prints; quick for deep recursion as well
     app.config.IPCompleter.use_jedi = False
     app.initialize([])
     shell: Any = app.shell
@@ -289,7 +291,8 @@ def main(config: dict[str, Any]) -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     app = make_app(config)
-    os.dup2(nothing, 2)  # errors of the start were told there
+    for stream in (sys.stdout, sys.stderr):  # errors of the start were told there; nobody reads on
+        os.dup2(nothing, getattr(stream, "_original_stdstream_copy", nothing))
     bridge = Bridge(app, requests, replies, config)
     threading.Thread(target=bridge.serve, daemon=True).start()
     app.start()
