@@ -32,14 +32,20 @@ CSRC := $(wildcard openglm/ops/csrc/*) openglm/ops/build.py hatch_build.py
 COMPILER := command -v c++ >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
 	apt-get -qq update >/dev/null && apt-get -qq install -y g++ >/dev/null; } || true
 
+# The sandbox of the agent's Python tool is bubblewrap's. Without it a container engine serves, or the tool is refused.
+SANDBOX := [ "$$(uname)" != Linux ] || command -v bwrap >/dev/null || { command -v apt-get >/dev/null && \
+	[ "$$(id -u)" = 0 ] && apt-get -qq update >/dev/null && apt-get -qq install -y bubblewrap >/dev/null; } || true
+
 $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
+	@$(SANDBOX)
 	@echo "make: installing OpenGLM and PyTorch into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e '.[chat,serve,grammar]'
 	@touch $@
 
 $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
+	@$(SANDBOX)
 	@echo "make: installing OpenGLM, PyTorch and the test tools into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed
