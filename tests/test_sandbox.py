@@ -1,6 +1,6 @@
 """What a sandbox is for: state between calls, pictures, files in and out, a stop that keeps the state, and the pool.
 
-    python -m pytest tests/test_sandbox.py
+python -m pytest tests/test_sandbox.py
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pathlib import Path
 import pytest
 
 from openglm.agent import isolation
-from openglm.agent.channel import Channel, ChannelClosed, ProtocolError
 from openglm.agent.isolation import Bubblewrap, Container, SandboxUnavailable, find_isolation
-from openglm.agent.run_state import Tail
 from openglm.agent.sandbox import Sandbox, SandboxConfig
 from openglm.agent.sandbox_pool import SandboxPool
 from openglm.agent.tools.python import PythonTool
@@ -98,7 +96,7 @@ def test_large_output_is_cut_in_the_middle(box: Sandbox) -> None:
     deep = box.run("def f(n): return f(n + 1)\nf(0)")
     assert deep.error_name == "RecursionError" and len(deep.error) < 5000
     assert len(box.run("raise ValueError('z' * 10**6)").error) < 5000
-    assert len(box.run("[list(range(900))] * 900").result) < 5000
+    assert len(box.run("[list(range(900))] * 20").result) < 5000
 
 
 def test_pictures_come_with_words(box: Sandbox) -> None:
@@ -110,7 +108,7 @@ def test_pictures_come_with_words(box: Sandbox) -> None:
     for word in ("pixels", "'Run'", "x 't / s' from -0.2 to 4.2", "1 lines", "'speed'"):
         assert word in first.description
     assert "2 bars and patches" in result.images[1].description
-    many = box.run("for i in range(6): plt.figure(figsize=(1, 1))")
+    many = box.run("for i in range(6): plt.figure(figsize=(1, 1)); plt.axes()")
     assert len(many.images) == 4 and many.n_images_dropped == 2
 
 
@@ -158,13 +156,20 @@ def test_a_loop_is_stopped_and_the_state_stays(box: Sandbox) -> None:
 
 def test_interrupt_from_another_thread(box: Sandbox) -> None:
     heard = threading.Event()
-    threading.Thread(target=lambda: (heard.wait(20), box.interrupt())).start()
+
+    def interrupt() -> None:
+        heard.wait(30)
+        box.interrupt()
+
+    threading.Thread(target=interrupt).start()
     result = box.run("n = 7; print('begun', flush=True)\nwhile True: pass", on_output=lambda stream, text: heard.set())
     assert "was interrupted" in result.error and box.run("n").result == "7"
 
 
 def test_code_that_does_not_stop_is_ended(box: Sandbox) -> None:
-    stubborn = "import time\nwhile True:\n    try:\n        while True: time.sleep(1)\n    except KeyboardInterrupt: pass"
+    stubborn = (
+        "import time\nwhile True:\n    try:\n        while True: time.sleep(1)\n    except KeyboardInterrupt: pass"
+    )
     box.put("kept.txt", b"before")
     result = box.run(stubborn, timeout_s=0.5)
     assert result.error_name == "Died" and "did not stop" in result.error
@@ -237,9 +242,8 @@ def test_ten_conversations_at_once(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_a_pool_makes_room_and_stops_what_is_idle() -> None:
-    config = SandboxConfig(isolation="bubblewrap", n_live=2, idle_s=0.8)
-    with SandboxPool(config) as pool:
+def test_a_pool_makes_room() -> None:
+    with SandboxPool(CONFIG) as pool:
         pool.get("a").run("x = 1")
         pool.get("b").run("x = 2")
         working = threading.Semaphore(0)
@@ -258,15 +262,22 @@ def test_a_pool_makes_room_and_stops_what_is_idle() -> None:
             pool.get(name).interrupt()
             thread.join()
         assert "to make room" in pool.get("a").run("1").state_lost
-        deadline = time.monotonic() + 20
-        a = pool.get("a")
-        while a.is_live and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "without use" in pool.get("a").run("1").state_lost
         pool.end("a")
         assert pool.peek("a") is None
     with pytest.raises(ValueError, match="closed"):
         pool.get("a")
+
+
+@needs_sandbox
+def test_a_pool_stops_what_is_idle() -> None:
+    with SandboxPool(SandboxConfig(isolation="bubblewrap", idle_s=0.5)) as pool:
+        box = pool.get("a")
+        box.run("open('f', 'w').write('kept')")
+        deadline = time.monotonic() + 30
+        while box.is_live and time.monotonic() < deadline:
+            time.sleep(0.05)
+        result = pool.get("a").run("open('f').read()")
+        assert "without use" in result.state_lost and result.result == "'kept'"
 
 
 @needs_sandbox
@@ -359,46 +370,3 @@ def test_a_container_engine_is_driven(tmp_path: Path, monkeypatch: pytest.Monkey
     with Sandbox(config) as sandbox:
         assert sandbox.run("8 * 8").result == "64"
         assert sandbox.run("import os; os._exit(0)").error_name == "Died"
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("timeout_s", 0, "above 0"), ("memory_bytes", 1 << 20, "at least"), ("isolation", "jail", "must be auto"),
-     ("n_processes", 2, "at least 24"), ("read_only", ("absent",), "read_only")],
-)  # fmt: skip
-def test_limits_that_cannot_be(field: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SandboxConfig(**{field: value})  # type: ignore[arg-type]
-
-
-def test_the_ends_of_a_text_are_kept() -> None:
-    for pieces in (["ab"], ["abc" * 10], list("abcdefghijklmnop"), ["a", "", "b" * 100]):
-        tail, text = Tail(9), "".join(pieces)
-        for piece in pieces:
-            tail.add(piece)
-        assert tail.is_cut == (len(text) > 9)
-        assert str(tail) == text if len(text) <= 9 else str(tail).startswith(text[:6]) and str(tail).endswith(text[-3:])
-
-
-def test_a_channel_trusts_nobody() -> None:
-    def pair() -> tuple[Channel, int, int]:
-        (read, theirs), (their_read, write) = os.pipe(), os.pipe()
-        return Channel(write, read), theirs, their_read
-
-    for bad in (b"\xff" * 8, b"\0\0\0\2{}", b"\0\0\0\2[]", b"\0\0\0\1{", b'\0\0\0\x0a{"op": "x"}'):
-        channel, theirs, _ = pair()
-        os.write(theirs, bad)
-        with pytest.raises(ProtocolError):
-            channel.receive(1)
-            channel.receive(1)
-    channel, theirs, _ = pair()
-    assert channel.receive(0.01) is None
-    os.write(theirs, b'\0\0\0\x16{"op": "x", "size": 3}ab')
-    assert channel.receive(0.01) is None
-    os.write(theirs, b"c")
-    assert channel.receive(1) == ({"op": "x", "size": 3}, b"abc")
-    with pytest.raises(ChannelClosed, match="does not read"):
-        channel.send("put", bytes(1 << 20), timeout_s=0.1)
-    os.close(theirs)
-    with pytest.raises(ChannelClosed):
-        channel.receive(1)

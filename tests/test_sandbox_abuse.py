@@ -91,9 +91,11 @@ ATTEMPTS: list[tuple[str, str, str]] = [
     ("terminal input", "native('ioctl', 0, 0x5412, b'x')", "EPERM"),
     ("a second seccomp filter", "native('syscall', 317, 1, 0, 0)", "EPERM"),
     ("higher limits", "attempt(resource.setrlimit, resource.RLIMIT_NPROC, (10**6, 10**6))", "refused"),
-    ("capabilities", "[l.split()[1] for l in open('/proc/self/status') if l.startswith(('CapEff', 'CapPrm', 'CapBnd'))]",
+    ("capabilities", "[l.split()[1] for l in open('/proc/self/status') "
+     "if l.startswith(('CapEff', 'CapPrm', 'CapBnd'))]",
      "['0000000000000000', '0000000000000000', '0000000000000000']"),
-    ("no new privileges", "[l.split()[1] for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', 'Seccomp:'))]",
+    ("no new privileges", "[l.split()[1] for l in open('/proc/self/status') "
+     "if l.startswith(('NoNewPrivs', 'Seccomp:'))]",
      "['1', '2']"),
     ("the host's files", "[sees({file!r}), sees({home_file!r}), sees({repository!r})]", "[False, False, False]"),
     ("/etc/shadow", "[reads('/etc/shadow'), open('/etc/passwd').read().count('\\n')]", "['ENOENT', 1]"),
@@ -101,9 +103,8 @@ ATTEMPTS: list[tuple[str, str, str]] = [
      "False|[]"),
     ("a symbolic link out", "os.path.lexists('out') or os.symlink({file!r}, 'out'); reads('out')", "'ENOENT'"),
     ("a link to the outer root", "reads('/proc/self/root/../../..' + {file!r})", "'ENOENT'"),
-    ("/proc of other processes", "max(int(n) for n in os.listdir('/proc') if n.isdigit()) < 2000 and "
-     "any({marker!r}.encode() in (open(f'/proc/{{n}}/cmdline', 'rb').read()) for n in os.listdir('/proc') if n.isdigit())",
-     "False"),
+    ("/proc of other processes", "any({marker!r}.encode() in open(f'/proc/{{n}}/cmdline', 'rb').read() "
+     "for n in os.listdir('/proc') if n.isdigit())", "False"),
     ("kernel settings", "attempt(open, '/proc/sys/kernel/core_pattern', 'w')", "refused"),
     ("magic keys", "attempt(open, '/proc/sysrq-trigger', 'w')", "refused"),
     ("start line of the host", "reads('/proc/cmdline') in (b'', 'EACCES', 'EPERM')", "True"),
@@ -131,9 +132,11 @@ ATTEMPTS: list[tuple[str, str, str]] = [
     ("environment by libc", "libc.getenv(b'CANARY_API_KEY')", "0"),
     ("who the host is", "[socket.gethostname(), os.getlogin() if attempt(os.getlogin) == 'done' else '']",
      "['sandbox', '']"),
-    ("open descriptors of the host", "[p for p in (os.readlink(f'/proc/self/fd/{{n}}') for n in os.listdir('/proc/self/fd')"
-     " if sees(f'/proc/self/fd/{{n}}')) if p.startswith('/') and not p.startswith(('/dev/', '/proc/', '/usr/'))]", "[]"),
-    ("lower the OOM score", "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))", "refused"),
+    ("open descriptors of the host", "[p for p in (os.readlink(f'/proc/self/fd/{{n}}') "
+     "for n in os.listdir('/proc/self/fd') if sees(f'/proc/self/fd/{{n}}')) "
+     "if p[0] == '/' and not p.startswith(('/dev/', '/proc/', '/usr/'))]", "[]"),
+    ("lower the OOM score", "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-999'))",
+     "refused"),
     ("real-time priority", "attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(50))", "refused"),
     ("negative niceness", "attempt(os.nice, -5)", "refused"),
 ]  # fmt: skip
@@ -160,8 +163,7 @@ def contains(result: ExecutionResult, *words: str) -> bool:
 
 
 def test_fork_bomb(box: Sandbox) -> None:
-    result = box.run("children = []\nwhile True:\n    pid = os.fork()\n    if not pid: time.sleep(60); os._exit(0)\n    "
-                     "children.append(pid)")  # fmt: skip
+    result = box.run("while True:\n    if not os.fork(): time.sleep(60); os._exit(0)")
     assert contains(result, "BlockingIOError", "processes")
     assert len(os.listdir("/proc")) < 20_000
 
@@ -187,8 +189,8 @@ def test_memory_bomb_in_one_process(box: Sandbox) -> None:
 
 
 def test_memory_bomb_of_many_processes(box: Sandbox) -> None:
-    code = "for _ in range(12):\n    if not os.fork(): held = bytearray(100 << 20); time.sleep(30); os._exit(0)\ntime.sleep(20)"
-    result = box.run(code)
+    code = "for _ in range(12):\n    if not os.fork(): held = bytearray(100 << 20); time.sleep(30); os._exit(0)"
+    result = box.run(code + "\ntime.sleep(20)")
     assert result.error_name == "Died" and "512 MiB of memory" in result.error
     assert "512 MiB of memory" in box.run("1").state_lost
 
@@ -236,29 +238,15 @@ def test_output_flood(box: Sandbox) -> None:
 
 def test_false_frames(box: Sandbox, host: Host) -> None:
     """Code that takes the channel to the host over is worth no more than its process."""
-    for frame in ("b'\\xff' * 8", "b'\\0\\0\\0\\2{}'", "b'\\0\\0\\0\\x1b{\"op\": \"files\", \"size\": -1}'"):
-        code = f"for fd in range(3, 30):\n    try:\n        if os.readlink(f'/proc/self/fd/{{fd}}').startswith('pipe'): "
-        code += f"os.write(fd, {frame})\n    except OSError: pass"
+    for frame in ("b'\\xff' * 8", "b'\\0\\0\\0\\2{}'", 'b\'\\0\\0\\0\\x1b{"op": "files", "size": -1}\''):
+        code = (
+            "for fd in range(3, 30):\n    try:\n        if os.readlink(f'/proc/self/fd/{fd}').startswith('pipe'): "
+            f"os.write(fd, {frame})\n    except OSError: pass"
+        )
         result = box.run(code, timeout_s=10)
         assert not result.error or "Died" in result.error_name or "Stopped" in result.error_name
         box.restart()
         box.run(PRELUDE)
-
-
-def test_names_of_files_that_lead_out(host: Host, tmp_path: Path) -> None:
-    from openglm.agent.channel import ProtocolError
-    from openglm.agent.work_folder import WorkFolder
-
-    folder = WorkFolder(tmp_path / "in" / "here", CONFIG)
-    changed: list[str] = []
-    for name in ("../x", "/abs", "a/../../x", "a//x", "a\\..\\x", ".hidden", "a/.b/c", "", "x\0", "d/" * 9 + "x", "y" * 300):
-        folder.receive(name, b"data", True, changed)
-        with pytest.raises(ValueError, match="not the name of a file"):
-            folder.write(name, b"data")
-    assert not changed and sorted(path.name for path in tmp_path.rglob("*")) == ["here", "in"]
-    with pytest.raises(ProtocolError):
-        for _ in range(100):
-            folder.receive("endless", bytes(1 << 20), False, changed)
 
 
 def test_what_another_conversation_has(box: Sandbox, host: Host) -> None:
