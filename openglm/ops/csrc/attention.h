@@ -127,31 +127,53 @@ void soften(float *scores, int64_t count, int64_t padded, float *top, float *tot
     for (int64_t d = 0; d < head_dim; d++) out[d] *= factor;
 }
 
-template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
-  const OgPool *pool = t->pool;
-  const OgChunk *c = t->chunk;
-  const int64_t hd = t->head_dim, rows = t->n_tokens * t->group;
-  float *q = scratch, *out = q + rows * hd, *scores = out + rows * hd, *top = scores + rows * KEYS;
-  float *total = top + rows, scale = 1.0f / sqrtf((float)hd);
-  int64_t longest = 0, *limits = (int64_t *)(total + rows + (rows & 1));
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t token = t->first + r / t->group, head = t->kv_head * t->group + r % t->group;
-    const float *from = t->q + token * t->q_stride + head * hd;
-    for (int64_t d = 0; d < hd; d++) {
-      q[r * hd + d] = from[d] * scale;
-      out[r * hd + d] = 0.0f;
+// Softmax sums of rows so far: weighted values (rows, head_dim), the largest score and the sum of weights of each row.
+struct Sums {
+  float *out, *top, *total;
+  Sums(float *at, int64_t rows, int64_t head_dim) : out(at), top(at + rows * head_dim), total(top + rows) {}
+  void clear(int64_t rows, int64_t head_dim) {
+    memset(out, 0, rows * head_dim * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+      top[r] = -INFINITY;
+      total[r] = 0.0f;
     }
-    limits[r] = c->start + token < c->n_context ? c->n_context : c->start + token + 1;
-    if (limits[r] > longest) longest = limits[r];
-    top[r] = -INFINITY;
-    total[r] = 0.0f;
   }
+};
+
+// `to` goes on with the sums of a later segment of keys. Segments are cut at fixed places and joined in their order,
+// whoever computes them: the result does not depend on it.
+template <class S> void join(const Sums &to, const Sums &from, int64_t rows, int64_t head_dim) {
+  for (int64_t r = 0; r < rows; r++) {
+    if (from.total[r] == 0.0f) continue; // its keys are all in this row's future
+    float next = from.top[r] > to.top[r] ? from.top[r] : to.top[r], factors[2][S::lanes];
+    S::store(factors[0], exponential<S>(S::set(to.top[r] - next)));
+    S::store(factors[1], exponential<S>(S::set(from.top[r] - next)));
+    float old = to.top[r] == next ? 1.0f : to.total[r] == 0.0f ? 0.0f : factors[0][0];
+    float added = from.top[r] == next ? 1.0f : factors[1][0];
+    to.total[r] = to.total[r] * old + from.total[r] * added;
+    to.top[r] = next;
+    float *x = to.out + r * head_dim;
+    const float *y = from.out + r * head_dim;
+    for (int64_t d = 0; d < head_dim; d++) x[d] = x[d] * old + y[d] * added;
+  }
+}
+
+// Sums over keys first .. last of rows q (rows, head_dim), of which row r sees those before limits[r].
+template <class S, class L>
+void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t rows, int64_t first, int64_t last,
+             float *scores, Sums sums) {
+  const OgPool *pool = t->pool;
+  const int64_t hd = t->head_dim;
   const typename L::T *keys = (const typename L::T *)pool->keys, *values = (const typename L::T *)pool->values;
-  for (int64_t b = 0; b < longest; b += KEYS) {
-    int64_t n = longest - b < KEYS ? longest - b : KEYS;
+  auto row_of = [&](int64_t key) {
+    int64_t page = t->chunk->pages[key / pool->page_size];
+    return kv_row(pool, t->layer, t->n_kv_heads, page, t->kv_head) + key % pool->page_size;
+  };
+  sums.clear(rows, hd);
+  for (int64_t b = first; b < last; b += KEYS) {
+    int64_t n = last - b < KEYS ? last - b : KEYS;
     for (int64_t s = 0; s < n; s += 16) {
-      int64_t slot = (b + s) % pool->page_size;
-      int64_t row = kv_row(pool, t->layer, t->n_kv_heads, c->pages[(b + s) / pool->page_size], t->kv_head) + slot;
+      int64_t row = row_of(b + s);
       const float *scales = pool->kind == OG_INT8 ? pool->key_scales + row : nullptr;
       in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
         score_16<S, L, n_rows>(q + r * hd, hd, keys + row * hd, scales, scores + r * KEYS + s);
@@ -161,24 +183,54 @@ template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
       int64_t count = limits[r] - b < n ? limits[r] - b : n;
       float *mine = scores + r * KEYS;
       if (count <= 0) memset(mine, 0, KEYS * sizeof(float));
-      else soften<S>(mine, count, round_up(n, 16), top + r, total + r, out + r * hd, hd);
+      else soften<S>(mine, count, round_up(n, 16), sums.top + r, sums.total + r, sums.out + r * hd, hd);
     }
     for (int64_t s = 0; s < n; s += 16) {
-      int64_t slot = (b + s) % pool->page_size, m = n - s < 16 ? n - s : 16;
-      int64_t row = kv_row(pool, t->layer, t->n_kv_heads, c->pages[(b + s) / pool->page_size], t->kv_head) + slot;
+      int64_t row = row_of(b + s), m = n - s < 16 ? n - s : 16;
       if (pool->kind == OG_INT8)
         for (int64_t r = 0; r < rows; r++)
           for (int64_t i = 0; i < m; i++) scores[r * KEYS + s + i] *= pool->value_scales[row + i];
       in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
-        weigh<S, L, n_rows>(scores + r * KEYS + s, values + row * hd, m, hd, out + r * hd);
+        weigh<S, L, n_rows>(scores + r * KEYS + s, values + row * hd, m, hd, sums.out + r * hd);
       });
     }
   }
+}
+
+inline void finish(const OgTile *t, const Sums &sums, int64_t rows) {
   for (int64_t r = 0; r < rows; r++) {
-    int64_t token = t->first + r / t->group, head = t->kv_head * t->group + r % t->group;
-    float *to = t->out + token * t->out_stride + head * hd, factor = 1.0f / total[r];
-    for (int64_t d = 0; d < hd; d++) to[d] = out[r * hd + d] * factor;
+    float *to = t->out + r / t->group * t->out_stride + r % t->group * t->head_dim, factor = 1.0f / sums.total[r];
+    for (int64_t d = 0; d < t->head_dim; d++) to[d] = sums.out[r * t->head_dim + d] * factor;
   }
+}
+
+template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
+  const OgChunk *c = t->chunk;
+  const int64_t hd = t->head_dim, rows = t->n_tokens * t->group;
+  float *q = scratch, *scores = q + rows * hd, *next = scores + rows * KEYS;
+  Sums sums(next, rows, hd), part(next + rows * (hd + 2), rows, hd);
+  int64_t longest = 0, limits[OG_TILE_ROWS];
+  for (int64_t i = 0; i < t->n_tokens; i++) {
+    int64_t at = c->start + t->first + i, limit = at < c->n_context ? c->n_context : at + 1;
+    for (int64_t j = 0; j < t->group; j++) limits[i * t->group + j] = limit;
+    longest = limit > longest ? limit : longest;
+  }
+  const float scale = 1.0f / sqrtf((float)hd);
+  for (int64_t r = 0; r < rows; r++) {
+    const float *from = t->q + r / t->group * t->q_stride + r % t->group * hd;
+    for (int64_t d = 0; d < hd; d++) q[r * hd + d] = from[d] * scale;
+  }
+  if (t->partial) { // one segment of it
+    int64_t first = t->segment * OG_SEGMENT, last = first + OG_SEGMENT < longest ? first + OG_SEGMENT : longest;
+    return segment<S, L>(t, q, limits, rows, first, last, scores, Sums(t->partial, rows, hd));
+  }
+  sums.clear(rows, hd);
+  for (int64_t first = 0; first < longest; first += OG_SEGMENT) {
+    int64_t last = first + OG_SEGMENT < longest ? first + OG_SEGMENT : longest;
+    segment<S, L>(t, q, limits, rows, first, last, scores, part);
+    join<S>(sums, part, rows, hd);
+  }
+  finish(t, sums, rows);
 }
 
 template <class S> void attend(const OgTile *tile, float *scratch) {
@@ -188,6 +240,16 @@ template <class S> void attend(const OgTile *tile, float *scratch) {
   case OG_BF16: return attend_kind<S, LoadBF16<S>>(tile, scratch);
   default: return attend_kind<S, LoadS8<S>>(tile, scratch);
   }
+}
+
+// The segments that `attend` left in `partial`, one after the other, become its output.
+template <class S> void join_segments(const OgTile *tile, int64_t n, float *scratch) {
+  const int64_t rows = tile->n_tokens * tile->group, size = rows * (tile->head_dim + 2);
+  Sums sums(scratch, rows, tile->head_dim);
+  sums.clear(rows, tile->head_dim);
+  for (int64_t i = 0; i < n; i++)
+    join<S>(sums, Sums(tile->partial + i * size, rows, tile->head_dim), rows, tile->head_dim);
+  finish(tile, sums, rows);
 }
 
 template <class S> void gather(const OgMatrix *w, int64_t row, float *out) {
@@ -222,7 +284,7 @@ template <class S> void gather(const OgMatrix *w, int64_t row, float *out) {
 // Constant, so that nothing of an instruction set runs when the library is loaded.
 template <class S> constexpr OgKernels table(const char *name) {
   return {name,        S::lanes,  S::tokens,   quantise<S>, norm<S>,  product<S>,
-          activate<S>, rotate<S>, store_kv<S>, attend<S>,   gather<S>};
+          activate<S>, rotate<S>, store_kv<S>, attend<S>,   join_segments<S>, gather<S>};
 }
 
 } // namespace

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -36,7 +37,8 @@ struct Buffer { // grows, is never cleared; lines of the cache are not shared wi
 struct Quantised { // activations of one input, with their memory
   Buffer q, scale, sums, minus;
   OgActivations of(int64_t tokens, int64_t columns) {
-    const int64_t tile = kernels()->tokens, blocks = (columns + 31) / 32, n = (tokens + tile - 1) / tile * tile * blocks;
+    const int64_t tile = kernels()->tokens, blocks = (columns + 31) / 32;
+    const int64_t n = (tokens + tile - 1) / tile * tile * blocks;
     return {q.get<int8_t>(n * 32), scale.get<float>(n), sums.get<float>(n), minus.get<int32_t>(3 * n), blocks};
   }
 };
@@ -47,7 +49,7 @@ struct Mine { // what each thread has for itself
 };
 
 struct Workspace {
-  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide;
+  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide, segments, unfinished;
   Quantised activations, activations_ffn;
   std::vector<Mine> mine;
 };
@@ -62,6 +64,11 @@ bool wants_floats(const OgLinear &l) {
   for (int i = 0; i < l.n_parts; i++)
     if (l.parts[i].kind > OG_INT8) return true;
   return false;
+}
+
+int64_t n_segments(const OgChunk &single) {
+  int64_t keys = single.start < single.n_context ? single.n_context : single.start + 1;
+  return (keys + OG_SEGMENT - 1) / OG_SEGMENT;
 }
 
 struct Pass {
@@ -144,15 +151,17 @@ struct Pass {
     barrier();
   }
 
-  // Rotates what belongs to one key-value head of a token and stores its key and value.
-  void enter(int64_t layer, const OgChunk &chunk, int64_t i, int64_t token, int64_t g, float *qkv) {
-    const int64_t hd = m.head_dim, half = (int64_t)m.axes * m.n_frequencies, group = m.n_heads / m.n_kv_heads;
+  void rotate(int64_t token, float *heads, int64_t n) {
+    const int64_t half = (int64_t)m.axes * m.n_frequencies;
     const float *c = w.cosines.get<float>(0) + token * half, *s = w.sines.get<float>(0) + token * half;
+    for (int64_t i = 0; half && i < n; i++) k.rotate(heads + i * m.head_dim, c, s, half);
+  }
+
+  // Rotates one key of a token, the i-th of its chunk, and stores it and its value.
+  void enter(int64_t layer, const OgChunk &chunk, int64_t i, int64_t token, int64_t g, float *qkv) {
+    const int64_t hd = m.head_dim;
     float *key = qkv + (m.n_heads + g) * hd, *value = qkv + (m.n_heads + m.n_kv_heads + g) * hd;
-    if (half) {
-      for (int64_t j = g * group; j < (g + 1) * group; j++) k.rotate(qkv + j * hd, c, s, half);
-      k.rotate(key, c, s, half);
-    }
+    rotate(token, key, 1);
     int64_t at = chunk.start + i;
     k.store_kv(&pool, layer, m.n_kv_heads, hd, g, chunk.pages[at / pool.page_size], at % pool.page_size, key, value);
   }
@@ -160,29 +169,59 @@ struct Pass {
   void attend(int thread, int64_t layer, float *qkv, float *out) {
     const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G;
     const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
-    const bool single = b.n_chunks == b.n_tokens; // one token of each sequence: nobody waits for another's key
-    if (!single) {
-      for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens)
-        for (int64_t i = 0; i < b.chunks[c].n_tokens; i++)
-          if ((token + i) % threads == thread)
-            for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
-      barrier();
-    }
+    if (b.n_chunks == b.n_tokens) return attend_singly(thread, layer, qkv, out);
+    for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens)
+      for (int64_t i = 0; i < b.chunks[c].n_tokens; i++)
+        if ((token + i) % threads == thread) {
+          rotate(token + i, qkv + (token + i) * qkv_dim, m.n_heads);
+          for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
+        }
+    barrier();
     const int64_t per_tile = std::max<int64_t>(1, OG_TILE_ROWS / group), rows = per_tile * group;
-    float *scratch = w.mine[thread].scratch.get<float>(rows * (2 * hd + OG_KEY_BLOCK + 6));
+    float *scratch = w.mine[thread].scratch.get<float>(og_scratch(rows, hd));
     int64_t next = take(1), before = 0;
     for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens) {
       const OgChunk &chunk = b.chunks[c];
       const int64_t tiles = (chunk.n_tokens + per_tile - 1) / per_tile * G;
       for (; next < before + tiles; next = take(1)) {
         int64_t g = (next - before) % G, first = (next - before) / G * per_tile;
-        float *q = qkv + token * qkv_dim;
-        if (single) enter(layer, chunk, 0, token, g, q);
-        OgTile tile = {&pool, &chunk, layer, G, g, group, hd, first, std::min(per_tile, chunk.n_tokens - first),
-                       q, out + token * out_dim, qkv_dim, out_dim};
+        int64_t n = std::min(per_tile, chunk.n_tokens - first), head = g * group * hd;
+        OgTile tile = {&pool, &chunk, layer, G, g, group, hd, first, n, qkv + (token + first) * qkv_dim + head,
+                       out + (token + first) * out_dim + head, qkv_dim, out_dim, 0, nullptr};
         k.attend(&tile, scratch);
       }
       before += tiles;
+    }
+    barrier();
+  }
+
+  // One token of each sequence: nobody waits for another's key, and threads share a long context. Whoever computes the
+  // last segment enters the token's key and value first; whoever is last to finish joins all.
+  void attend_singly(int thread, int64_t layer, float *qkv, float *out) {
+    const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G, size = group * (hd + 2);
+    const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
+    float *q = w.mine[thread].scratch.get<float>(group * hd + og_scratch(group, hd)), *scratch = q + group * hd;
+    float *partial = w.segments.get<float>(0);
+    std::atomic<int32_t> *unfinished = w.unfinished.get<std::atomic<int32_t>>(0);
+    int64_t next = take(1), before = 0;
+    for (int64_t c = 0; c < b.n_chunks; c++) {
+      const OgChunk &chunk = b.chunks[c];
+      const int64_t n = n_segments(chunk);
+      for (; next < before + n * G; next = take(1)) {
+        int64_t g = (next - before) / n, s = (next - before) % n;
+        memcpy(q, qkv + c * qkv_dim + g * group * hd, group * hd * sizeof(float));
+        rotate(c, q, group);
+        if (s == n - 1) enter(layer, chunk, 0, c, g, qkv + c * qkv_dim);
+        OgTile tile = {&pool, &chunk, layer, G, g, group, hd, 0, 1, q, out + c * out_dim + g * group * hd, qkv_dim,
+                       out_dim, s, n == 1 ? nullptr : partial + (g * n + s) * size};
+        k.attend(&tile, scratch);
+        if (n == 1 || unfinished[c * G + g].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+        tile.partial = partial + g * n * size;
+        k.join_segments(&tile, n, scratch);
+        unfinished[c * G + g].store(n, std::memory_order_relaxed); // for the next layer
+      }
+      before += n * G;
+      partial += G * n * size;
     }
     barrier();
   }
@@ -267,12 +306,21 @@ void reserve(const Pass &p, Workspace &w) {
   for (Mine &mine : w.mine) {
     mine.x.get<float>(FEW * p.D);
     mine.activations.of(FEW, widest);
-    mine.scratch.get<float>(rows * (2 * m.head_dim + OG_KEY_BLOCK + 6));
+    mine.scratch.get<float>(rows * m.head_dim + og_scratch(rows, m.head_dim));
     mine.gate.get<float>(2 * std::max(T * 32, T * ((int64_t)m.ffn_dim / (p.threads * 8) / 32 + 1) * 32));
   }
   w.h.get<float>(T * p.D), w.x.get<float>(n * p.D), w.y.get<float>(T * p.D), w.wide.get<float>(n * p.D);
   w.qkv.get<float>(T * (H + 2 * (int64_t)m.n_kv_heads * m.head_dim)), w.attended.get<float>(T * H);
   w.cosines.get<float>(T * half), w.sines.get<float>(T * half);
+  if (p.b.n_chunks == T) {
+    int64_t segments = 0, i = 0;
+    auto *unfinished = w.unfinished.get<std::atomic<int32_t>>(T * m.n_kv_heads);
+    for (int64_t c = 0; c < T; c++) {
+      segments += n_segments(p.b.chunks[c]);
+      for (int64_t g = 0; g < m.n_kv_heads; g++) new (&unfinished[i++]) std::atomic<int32_t>(n_segments(p.b.chunks[c]));
+    }
+    w.segments.get<float>(segments * m.n_heads * (m.head_dim + 2));
+  }
   w.activations.of(n, widest), w.activations_ffn.of(T, m.ffn_dim);
   for (int64_t i = 0; i < m.n_layers; i++)
     if (wants_floats(m.layers[i].down)) w.middle.get<float>(T * m.ffn_dim);

@@ -88,15 +88,18 @@ struct OgActivations {
   int64_t blocks;
 };
 
-// One query tile of attention: consecutive query tokens of one chunk, all query heads of one key-value head.
+// One query tile of attention: consecutive query tokens of one chunk, all query heads of one key-value head. Keys come
+// in segments of OG_SEGMENT; where there is only one query token, they can be computed apart.
 struct OgTile {
   const OgPool *pool;
   const OgChunk *chunk;
   int64_t layer, n_kv_heads, kv_head, group, head_dim;
   int64_t first, n_tokens; // query tokens within the chunk
-  const float *q;          // rotated queries of the chunk's first token, (tokens, q_stride)
-  float *out;              // (tokens, out_stride)
+  const float *q;          // rotated queries of the first token and head, (tokens, q_stride)
+  float *out;              // likewise (tokens, out_stride)
   int64_t q_stride, out_stride;
+  int64_t segment; // with `partial`: the only one to compute
+  float *partial;  // its sums, (group, head_dim + 2) floats; NULL: all segments, to `out`
 };
 
 // What an instruction set provides. Rows and tokens are processed independently of each other: a result never depends
@@ -114,9 +117,11 @@ struct OgKernels {
   void (*rotate)(float *x, const float *cosines, const float *sines, int64_t half);
   void (*store_kv)(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t head_dim, int64_t kv_head,
                    int64_t page, int64_t slot, const float *key, const float *value);
-  void (*attend)(const OgTile *tile, float *scratch);
+  void (*attend)(const OgTile *tile, float *scratch); // og_scratch() floats
+  void (*join_segments)(const OgTile *tile, int64_t n, float *scratch); // n of them, side by side at `partial`
   void (*gather)(const OgMatrix *w, int64_t row, float *out); // one row, dequantised
 };
 
 // Query rows that `attend` handles at once, keys in one block of its running softmax.
-enum { OG_TILE_ROWS = 32, OG_KEY_BLOCK = 64 };
+enum { OG_TILE_ROWS = 32, OG_KEY_BLOCK = 64, OG_SEGMENT = 256 };
+inline int64_t og_scratch(int64_t rows, int64_t head_dim) { return rows * (3 * head_dim + OG_KEY_BLOCK + 4); } // floats

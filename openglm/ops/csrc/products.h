@@ -48,7 +48,9 @@ void put_block(const Output &o, int64_t token, int64_t row, int64_t column, int6
 
 // ---------------------------------------------------------------- packed weights
 
-template <int KIND, int R> constexpr int64_t block_bytes() { return (KIND == OG_INT4 ? 16 : KIND == OG_INT6 ? 24 : 32) * R; }
+template <int KIND, int R> constexpr int64_t block_bytes() {
+  return (KIND == OG_INT4 ? 16 : KIND == OG_INT6 ? 24 : 32) * R;
+}
 
 // Quad J of a block: four columns of every row, as they are stored (INT4 and INT6 count from zero).
 template <class S, int KIND, int J> inline typename S::B quad(const uint8_t *q) {
@@ -116,7 +118,9 @@ void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, i
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + AHEAD + i);
     each<HALVES>([&](auto h) {
       typename S::I init[MT], sums[MT];
-      for (int m = 0; m < MT; m++) init[m] = counted ? S::shifted(minus + m / TS * 3 * tile_stride + (G16 ? h : 2) * TS + m % TS, shift) : S::izero();
+      const int32_t *from = minus + (G16 ? h : 2) * TS;
+      for (int m = 0; m < MT; m++)
+        init[m] = counted ? S::shifted(from + m / TS * 3 * tile_stride + m % TS, shift) : S::izero();
       dots<S, KIND, 4 * h, 8 / HALVES, MT>(q, x, 32 * tile_stride, init, sums);
       typename S::F s = S::f16(scale + h * R);
       for (int m = 0; m < MT; m++) acc[m] = S::fma(S::mul(s, S::set(at(xs, m))), S::to_float(sums[m]), acc[m]);
@@ -252,11 +256,10 @@ void panel_rows(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int
       for (int64_t i = 0; i < tiles; i++)
         panel_tile<S, G16, MIN, NR>(&panel, a, token / TS + i, first, n, sums + i * NR * TS * R);
     }
-    for (int64_t t = token; t < n_tokens && t < token + tiles * TS; t++)
-      for (int r = 0; r < NR; r++) {
+    for (int64_t i = 0; i < tiles * TS && token + i < n_tokens; i++)
+      for (int r = 0; r < NR && row + r * R < w->rows; r++) {
         int64_t at = row + r * R, left = w->rows - at < R ? w->rows - at : R;
-        if (left > 0)
-          put_block<S>(o, t, at, at - shift, left, S::load(sums + (((t - token) / TS * NR + r) * TS + (t - token) % TS) * R));
+        put_block<S>(o, token + i, at, at - shift, left, S::load(sums + ((i / TS * NR + r) * TS + i % TS) * R));
       }
   }
 }
