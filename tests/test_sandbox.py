@@ -125,8 +125,8 @@ def test_files_go_in_and_out(box: Sandbox) -> None:
     linked = box.run("os.symlink('/etc/passwd', 'link'); os.mkfifo('pipe'); open('out/link-free', 'w').close()")
     assert [file.name for file in linked.files] == ["out/link-free"]
     assert (box.files.folder / "out" / "new.txt").read_bytes() == b"made!"
-    with pytest.raises(ValueError, match="may hold"):
-        box.put("huge", bytes(CONFIG.disk_bytes + 1))
+    with pytest.raises(ValueError, match="a file may have"):
+        box.put("huge", bytes(CONFIG.file_bytes + 1))
     with pytest.raises(ValueError, match="not the name of a file"):
         box.put("../huge", b"")
 
@@ -164,6 +164,31 @@ def test_interrupt_from_another_thread(box: Sandbox) -> None:
     threading.Thread(target=interrupt).start()
     result = box.run("n = 7; print('begun', flush=True)\nwhile True: pass", on_output=lambda stream, text: heard.set())
     assert "was interrupted" in result.error and box.run("n").result == "7"
+
+
+def test_a_listener_that_fails_leaves_nothing_behind(box: Sandbox) -> None:
+    def fail(stream: str, text: str) -> None:
+        raise KeyError(text)
+
+    with pytest.raises(KeyError):
+        box.run("print('one', flush=True); import time; time.sleep(1); print('two')", on_output=fail)
+    after = box.run("3")
+    assert (after.result, after.stdout) == ("3", "") and "given up" in after.state_lost
+
+
+def test_files_that_do_not_fit_are_refused_and_stay(tmp_path: Path) -> None:
+    if REASON:
+        pytest.skip(REASON)
+    (tmp_path / "large.bin").write_bytes(bytes(2 << 20))
+    with pytest.raises(ValueError, match="a file may have"):
+        Sandbox(SandboxConfig(isolation="bubblewrap", file_bytes=1 << 20), tmp_path)
+    many = SandboxConfig(isolation="bubblewrap", n_files=4)  # folders count inside
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.txt").write_text("x")
+    with Sandbox(many, tmp_path) as sandbox, pytest.raises(ValueError, match="does not fit"):
+        sandbox.run("1")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_code_that_does_not_stop_is_ended(box: Sandbox) -> None:

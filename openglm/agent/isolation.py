@@ -98,7 +98,7 @@ class Bubblewrap:
         arguments["seccomp"] = seccomp_program().hex()
         arguments["mounts"] = [
             (WORKDIR, config.disk_bytes, config.n_files, "1777"),
-            (SCRATCH, config.scratch_bytes, config.n_files, "1777"),
+            (SCRATCH, config.scratch_bytes, 4096, "1777"),
             ("/dev/shm", config.scratch_bytes, 256, "1777"),
         ]
         if _kernel_version() >= (5, 14):  # before, the limit counts all that the user runs on the machine

@@ -102,6 +102,9 @@ class Sandbox:
                 self._expect(kernel, "ready", self.config.start_timeout_s)
                 for name in self.files.names():
                     self._put(kernel, name)
+            except ValueError:  # a file that does not fit: a kernel without it would have it deleted here
+                self._end(kernel)
+                raise
             except (ChannelClosed, ProtocolError) as error:
                 self._end(kernel)
                 raise RuntimeError(f"the Python sandbox did not start: {kernel.ended_because or error}") from None
@@ -191,7 +194,12 @@ class Sandbox:
             assert kernel_now is not None
             self._number += 1
             state = RunState(self.config, self.files, on_output, lost)
-            self._drive(kernel_now, code, self.config.timeout_s if timeout_s is None else timeout_s, state)
+            self.files.abandon()
+            try:
+                self._drive(kernel_now, code, self.config.timeout_s if timeout_s is None else timeout_s, state)
+            except BaseException:  # of on_output: what the kernel still has to say belongs to no later call
+                self.stop("the call before was given up")
+                raise
             self.last_used = time.monotonic()
             return state.result()
 
@@ -238,10 +246,7 @@ class Sandbox:
         return f"it ran longer than {timeout_s:g} s" if time.monotonic() > deadline else ""
 
     def _put(self, kernel: Kernel, name: str) -> None:
-        content = self.files.read(name)
-        if len(content) > self.config.file_bytes:
-            raise ValueError(f"{name} has {len(content)} bytes, and a file may have {self.config.file_bytes}")
-        kernel.channel.send("put", content, timeout_s=TRANSFER_S, name=name)
+        kernel.channel.send("put", self.files.read(name), timeout_s=TRANSFER_S, name=name)
         answer = self._expect(kernel, "put", TRANSFER_S)
         if answer.get("error"):
             raise ValueError(f"the file {name} does not fit into the sandbox: {str(answer['error'])[:200]}")

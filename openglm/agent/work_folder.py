@@ -41,7 +41,7 @@ class WorkFolder:
                 name = path.relative_to(self.folder).as_posix()
                 if not any(part.startswith(".") for part in PurePosixPath(name).parts):
                     self.sizes[safe_name(name)] = path.stat().st_size
-        self._check_room("", 0)
+        self._check_room("", max(self.sizes.values(), default=0), 0)
         self._open: tuple[str, BinaryIO, int] | None = None  # a file that is being received: name, file, bytes so far
 
     def names(self) -> list[str]:
@@ -55,7 +55,7 @@ class WorkFolder:
 
     def write(self, name: str, content: bytes) -> None:
         path = self.path(name)
-        self._check_room(name, len(content))
+        self._check_room(name, len(content), len(content))
         self._make_room(name)
         temporary = self._temporary()
         with open(temporary, "wb") as file:
@@ -68,8 +68,10 @@ class WorkFolder:
     def _temporary(self) -> Path:
         return self.folder / ".part"
 
-    def _check_room(self, name: str, size: int) -> None:
-        total = sum(self.sizes.values()) - self.sizes.get(name, 0) + size
+    def _check_room(self, name: str, largest: int, more: int) -> None:
+        if largest > self.config.file_bytes:
+            raise ValueError(f"a file may have {self.config.file_bytes} bytes, and {name or 'one'} has {largest}")
+        total = sum(self.sizes.values()) - self.sizes.get(name, 0) + more
         if total > self.config.disk_bytes or len({*self.sizes, name}) > self.config.n_files:
             raise ValueError(
                 f"the work folder may hold {self.config.disk_bytes} bytes in {self.config.n_files} files: "
@@ -87,6 +89,13 @@ class WorkFolder:
         if path.is_dir():
             shutil.rmtree(path)
             self.sizes = {known: size for known, size in self.sizes.items() if not known.startswith(f"{name}/")}
+
+    def abandon(self) -> None:
+        """Forget a file that was being received when the kernel ended."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+        self._temporary().unlink(missing_ok=True)
 
     def receive(self, name: str, data: bytes, is_last: bool, changed: list[str]) -> None:
         """A piece of a file from inside; ProtocolError for more than fits. Files with odd names stay inside."""
