@@ -3,7 +3,8 @@
     python bench/load.py model.gguf --peer-python PYTHON   # an interpreter that has llama-cpp-python
 
 Each process imports what it needs, opens the file, reads a prompt and draws one token, greedily. The parts are timed
-inside it. Runs alternate; medians. The file is in the page cache for both (the first, uncounted run puts it there).
+inside it; ours starts as the command `openglm generate` does, PyTorch first. Runs alternate; medians. The file is in
+the page cache for both (the first, uncounted run puts it there, and Python's compiled modules).
 
 Prints a table, and one JSON line last.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,19 +22,24 @@ from pathlib import Path
 
 PROMPT = "The capital of France is"
 OURS = """
-import json, sys, time
+import gc, json, resource, sys, time
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 start = time.perf_counter()
+gc.disable()
 import torch
-imported = time.perf_counter()
-import openglm
+imported, before = time.perf_counter(), peak()
+import openglm.chat
+gc.freeze()
+gc.enable()
 model = openglm.load(sys.argv[1], device="cpu")
 loaded = time.perf_counter()
 out = model.generate(sys.argv[2], max_new_tokens=1, temperature=0.0)
 done = time.perf_counter()
-import resource
+from openglm.model.load import weight_bytes
 print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "first_token_s": done - loaded,
-                  "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                  "token": out.token_ids[0]}))
+                  "peak_rss_bytes": peak(), "rss_before_bytes": before, "token": out.token_ids[0],
+                  "weight_bytes": weight_bytes(model.engine.runner.model)}))
 """
 PEER = """
 import json, sys, time
@@ -54,7 +61,9 @@ print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "fi
 def run(python: str, code: str, *arguments: str) -> dict[str, float]:
     start = time.perf_counter()
     root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
+    # Compiled modules are kept, as an installation has them.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, cwd=root, env=env)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{python} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -88,8 +97,14 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} | {m['peak_rss_bytes'] / 2**20:,.0f} |")
     extra = medians["OpenGLM"]["total_s"] - medians["llama.cpp"]["total_s"]
     print(f"\n{extra:.2f} s more, of which importing PyTorch is {medians['OpenGLM']['import_s']:.2f} s.")
+    own = found["OpenGLM"][0]
+    pytorch, weights = own["rss_before_bytes"], own["weight_bytes"]
+    rest = medians["OpenGLM"]["peak_rss_bytes"] - pytorch - weights
+    sizes = [f"{n / 2**20:,.0f} MiB" for n in (pytorch, weights, rest)]
+    print("Peak memory of ours: PyTorch {}, weights {}, the rest {}.".format(*sizes))
     tokens = {name: rows[0]["token"] for name, rows in found.items()}
-    print(json.dumps({"model": Path(args.model).name, "medians": medians, "more_s": extra, "tokens": tokens}))
+    result = {"model": Path(args.model).name, "medians": medians, "more_s": extra, "tokens": tokens}
+    print(json.dumps(result | {key: own[key] for key in ("rss_before_bytes", "weight_bytes")}))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from openglm.engine import Engine, FinishReason, fill_blanks, score
 from openglm.engine.fill import MASKS
 from openglm.engine.grammar import Grammars
 from openglm.formats.matcher import StopText
-from openglm.loading import default_dtype, open_reference, pick_device, resolve
+from openglm.loading import default_dtype, open_weights, pick_device, resolve, with_text
 from openglm.model.checkpoint import CheckpointMeta
-from openglm.model.load import load_weights
+from openglm.model.load import load_weights, start_loading
 from openglm.quant.random_model import open_random
 from openglm.tokenizer import Detokenizer, Tokenizer
 from openglm.types import Event, Message, SamplingParams, ToolSpec, Usage
@@ -108,10 +108,11 @@ class ChatModel:
             opened = open_random(source)
             kind = DTYPES[dtype] if dtype else default_dtype(opened, place)
             return cls(Engine(load_weights(opened, place, kind, packed=True), {}), None, None, opened.meta)
-        found = open_reference(source, adapter, chat_format)
-        kind = DTYPES[dtype] if dtype else default_dtype(found.opened, place)
-        model = load_weights(found.opened, place, kind, packed=True)
-        tokenizer, meta = found.tokenizer, found.meta
+        opened = open_weights(source, adapter)
+        kind = DTYPES[dtype] if dtype else default_dtype(opened, place)
+        finish = start_loading(opened, place, kind, packed=True)
+        found = with_text(opened, chat_format)
+        tokenizer, meta, model = found.tokenizer, found.meta, finish()
         special = meta.special_ids or (tokenizer.special_ids if tokenizer else {})
         if tokenizer is None:
             return cls(Engine(model, special), None, found.chat_format, meta)

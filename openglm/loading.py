@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from openglm.formats import ChatFormat
     from openglm.tokenizer import Tokenizer
 
-__all__ = ["BUNDLED", "Reference", "default_dtype", "open_reference", "pick_device", "resolve"]
+__all__ = [
+    "BUNDLED", "Reference", "default_dtype", "open_reference", "open_weights", "pick_device", "resolve", "with_text",
+]  # fmt: skip
 
 BUNDLED = Path(__file__).parent / "assets" / "glm-nano"
 
@@ -67,10 +69,12 @@ def resolve(reference: str | Path | None) -> Path | str:
 def open_reference(
     path: Path, adapter: str | Path | None = None, chat_format: str | None = None
 ) -> Reference:
-    """Open a checkpoint with its text side. adapter: a LoRA or P-Tuning v2 folder on top of it.
+    """Open a checkpoint with its text side: `open_weights`, then `with_text`."""
+    return with_text(open_weights(path, adapter), chat_format)
 
-    chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
-    """
+
+def open_weights(path: Path, adapter: str | Path | None = None) -> OpenedModel:
+    """A checkpoint as it lies. adapter: a LoRA or P-Tuning v2 folder on top of it. Raises ValueError in one line."""
     if adapter is None and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         path, adapter = _base_of(path), path
     opened = open_model(path)
@@ -78,6 +82,14 @@ def open_reference(
         opened = with_prefix(opened, opened.path)
     if adapter is not None:
         opened = apply_adapter(opened, adapter)
+    return opened
+
+
+def with_text(opened: OpenedModel, chat_format: str | None = None) -> Reference:
+    """With its tokenizer, chat format, and what these complete.
+
+    chat_format: name in `openglm.formats` to use whatever the checkpoint says. Raises ValueError in one line.
+    """
     tokenizer = _tokenizer(opened)
     if tokenizer is not None:
         _check_vocabulary(opened, tokenizer)

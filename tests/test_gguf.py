@@ -12,8 +12,12 @@ import torch
 from openglm.config import GLMConfig, RopeConfig
 from openglm.model.batch import ForwardBatch
 from openglm.model.gguf import GgufModel, open_gguf
+from openglm.model.linear import PackedLinear
+from openglm.model.load import build_transformer, start_loading
+from openglm.model.opened import open_model
 from openglm.model.transformer import Transformer
 from openglm.model.weights import import_weights
+from openglm.ops import native
 from openglm.ops.quant import QuantTensor
 
 gguf = pytest.importorskip("gguf")
@@ -72,8 +76,13 @@ def tensors_of(architecture: str, model: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(path: Path, architecture: str, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
-    """A file by the `gguf` library. fields: further metadata below the architecture's prefix, dots as __."""
+def write(
+    path: Path, architecture: str, tensors: dict[str, torch.Tensor], kinds: dict[str, str] | None = None, **fields: Any
+) -> Path:
+    """A file by the `gguf` library. fields: further metadata below the architecture's prefix, dots as __.
+
+    kinds: types of matrices by the last part of their names; the others stay float32.
+    """
     _, theirs, _ = MODELS[architecture]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -102,7 +111,12 @@ def write(path: Path, architecture: str, tensors: dict[str, torch.Tensor], **fie
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         add[type(value)](f"{architecture}.{key.replace('__', '.')}", value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.numpy())
+        kind = (kinds or {}).get(name.split(".")[-2]) if tensor.dim() == 2 else None
+        if kind is None:
+            writer.add_tensor(name, tensor.numpy())
+        else:
+            number = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -148,6 +162,23 @@ def test_fused_tensors_are_the_same_model(tmp_path: Path) -> None:
     assert opened.config.qkv_bias
     fused = built(opened)
     assert all(torch.equal(a, b) for a, b in zip(apart.parameters(), fused.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built: no C++ compiler")
+@pytest.mark.parametrize("alike", [True, False], ids=["one type", "mixed"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_matrices_packed_from_where_they_lie(architecture: str, alike: bool, tmp_path: Path) -> None:
+    tensors = tensors_of(architecture, reference_model(architecture))
+    kinds = dict.fromkeys((name.split(".")[-2] for name in tensors), "Q4_0")
+    if not alike:
+        kinds |= {"attn_v": "Q8_0", "ffn_up": "Q4_1", "attn_output": "Q5_1", "token_embd": "Q8_0"}
+    opened = open_model(write(tmp_path / "m.gguf", architecture, tensors, kinds))
+    kept = opened.kept_matrices()
+    assert len(kept) == 4 * LAYERS + 1 + ("output.weight" in tensors) - (0 if alike else LAYERS)  # Q5_1 is not kept
+    packed = start_loading(opened, dtype=torch.float32, packed=True)()
+    plain = build_transformer(opened, dtype=torch.float32)
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) > len(kept)
+    torch.testing.assert_close(logits(packed, IDS), logits(plain, IDS), rtol=0, atol=1e-5)
 
 
 def test_linear_scaling_and_per_layer_lists(tmp_path: Path) -> None:

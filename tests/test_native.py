@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from openglm.config import GLMConfig, RopeConfig
 from openglm.engine.native_runner import NativeRunner, runs_natively
 from openglm.engine.runner import Chunk, TorchRunner
+from openglm.model.gguf_types import TYPES, as_matrix, decode
 from openglm.model.init import init_weights
 from openglm.model.linear import PackedEmbedding, PackedLinear, QuantLinear, RowParts, quantised_linear
 from openglm.model.transformer import Transformer
@@ -63,6 +66,35 @@ def test_packing_loses_nothing(isa: str, form: Form, shape: tuple[int, int]) -> 
     assert torch.equal(packed.take(torch.tensor([3, 0, shape[0] - 1])), packed.dequantise()[[3, 0, -1]])
     with pytest.raises(IndexError):
         packed.take(torch.tensor([shape[0]]))
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0"])
+def test_packing_from_a_gguf_file_is_packing_what_was_unpacked(isa: str, type: str) -> None:
+    """Bit for bit, whole matrices and parts of them, rows as they lie and in another order."""
+    rows, columns, kind = 37, 512, TYPES[type]
+    rng = np.random.default_rng(kind.id)
+    blocks = rng.integers(0, 256, (rows * columns // kind.block, kind.n_bytes), dtype=np.uint8)
+    halves = (rng.standard_normal((len(blocks), kind.n_bytes // 2)) / 100).astype(np.float16).view(np.uint8)
+    for at in (0, 2, kind.n_bytes - 2):  # where scales may lie: numbers, and now and then a tiny or a huge one
+        blocks[::2, at : at + 2] = halves[::2, :2]
+    data = torch.from_numpy(blocks).flatten()
+    order = torch.from_numpy(rng.permutation(rows))
+    whole = as_matrix(type, data, (rows, columns), None)
+    turned = as_matrix(type, data, (rows, columns), order)
+    assert whole is not None and turned is not None and as_matrix("Q5_K", data, (rows, columns), None) is None
+    unpacked = decode(type, data, (rows, columns))
+    assert isinstance(unpacked, QuantTensor)
+    part = whole.take_rows(3, 20), unpacked.take_rows(slice(3, 20))
+    cases = [(whole, unpacked), (turned, unpacked.take_rows(order)), part]
+    jobs = [(replace(matrix, mapped=False), matrix.empty()) for matrix, _ in cases]
+    native.pack_gguf(jobs)
+    for (_, packed), (_, weight) in zip(jobs, cases, strict=True):
+        expected = native.pack(weight)
+        assert packed.kind == expected.kind and torch.equal(packed.data, expected.data)
+        assert torch.equal(packed.scale.view(torch.int16), expected.scale.view(torch.int16))
+        if packed.minimum is not None and expected.minimum is not None:
+            assert torch.equal(packed.minimum.view(torch.int16), expected.minimum.view(torch.int16))
+        assert (packed.minimum is None) == (expected.minimum is None) == (type not in ("Q4_1", "Q4_K"))
 
 
 class Rounded(nn.Module):

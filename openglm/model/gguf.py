@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from openglm.config import GLMConfig, RopeConfig
 from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.gguf_file import GgufFile
-from openglm.model.gguf_types import decode
+from openglm.model.gguf_types import as_matrix, decode
 from openglm.model.weights import Family, Rotary, names_of
+from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import Weight
 
 __all__ = ["ARCHITECTURES", "GgufModel", "GgufSource", "family_of", "open_gguf"]
@@ -76,6 +79,11 @@ class GgufSource:
         weight = decode(entry.type, self.file.bytes_of(name), entry.shape)
         self.file.release(name)
         return weight
+
+    def matrix(self, name: str, order: Tensor | None = None) -> GgufMatrix | None:
+        """A quantised matrix as it lies in the file, to be packed; None for a tensor of another kind."""
+        entry = self.file.tensors[name]
+        return as_matrix(entry.type, self.file.bytes_of(name), entry.shape, order)
 
 
 @dataclass(frozen=True)

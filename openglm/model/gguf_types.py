@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openglm.ops.native import unpack_gguf
+from openglm.ops.native import GgufMatrix, unpack_gguf
 from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["TYPES", "GgufType", "decode", "encode", "kept_type", "type_name"]
+__all__ = ["TYPES", "GgufType", "as_matrix", "decode", "encode", "kept_type", "type_name"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK_BYTES = 1 << 18  # of packed blocks: small enough that temporaries stay on the heap and in a core's cache
@@ -195,6 +195,14 @@ _UNPACK: dict[str, tuple[Callable[[Array, Array, Array, Array | None], None], in
     "Q4_0": (_unpack_4_0, 4, 32, False), "Q4_1": (_unpack_4_1, 4, 32, True), "Q4_K": (_unpack_4_k, 4, 32, True),
     "Q8_0": (_unpack_8_0, 8, 32, False), "Q5_0": (_unpack_5_0, 8, 32, False), "Q6_K": (_unpack_6_k, 8, 16, False),
 }  # fmt: skip
+
+
+def as_matrix(type: str, data: Tensor, shape: tuple[int, ...], order: Tensor | None) -> GgufMatrix | None:
+    """A mapped matrix that can be packed from where it lies, rows in that order; None if its type is not kept."""
+    if type not in _UNPACK or len(shape) != 2:
+        return None
+    _, _, group, has_minimum = _UNPACK[type]
+    return GgufMatrix(type, (shape[0], shape[1]), group, has_minimum, data, order, mapped=True)
 
 
 # -------------------------------------------------------------------- encoding

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CONFIG, MANIFEST, CheckpointMeta, read_config
+from openglm.model.gguf import GgufSource, open_gguf
 from openglm.model.released import KNOWN, ignorable, read_json, released_config, sat_config
 from openglm.model.sat import SatSource, find_shards
 from openglm.model.sources import FileSource, Source, describe, dtype_name, open_files, read_thudm_quant
 from openglm.model.transformer import Transformer
-from openglm.model.weights import FAMILIES, Family, import_parts, names_of
+from openglm.model.weights import FAMILIES, Family, import_parts, names_of, part_orders
+from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
 __all__ = ["OpenedModel", "QuantisedSource", "open_model"]
@@ -75,6 +77,21 @@ class OpenedModel:
         if self.change is None:
             return weight
         return self.change(name, weight.dequantise(torch.bfloat16) if isinstance(weight, QuantParts) else weight)
+
+    def kept_matrices(self) -> dict[str, list[GgufMatrix]]:
+        """By our names, the weights of a GGUF file that are only to be packed: matrices where they lie, one below
+        another. Not those of a type that is not kept quantised; none with a LoRA on top, and of another file.
+        """
+        kept: dict[str, list[GgufMatrix]] = {}
+        if not isinstance(self.source, GgufSource) or self.table is None or self.change is not None:
+            return kept
+        for name, theirs in self.names().items():
+            orders = part_orders(self.table, self.config, name, [self.source.shape(part)[0] for part in theirs])
+            found = [self.source.matrix(part, order) for part, order in zip(theirs, orders, strict=True)]
+            matrices = [m for m in found if m is not None]
+            if len(matrices) == len(found):
+                kept[name] = matrices
+        return kept
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """(our name, weight) of every tensor, read one at a time."""
@@ -213,8 +230,6 @@ def _open_sat(path: Path, shards: list[Path]) -> OpenedModel:
 
 
 def _open_gguf(path: Path) -> OpenedModel:
-    from openglm.model.gguf import open_gguf
-
     found = open_gguf(path)
     return OpenedModel(
         path, "gguf", found.config, found.meta, found.source, found.family, found.chat_template, found.tokenizer_fields

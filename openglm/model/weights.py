@@ -7,8 +7,9 @@ Facts: the fact sheets of the releases (row orders found by running the original
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, overload
 
 import torch
@@ -19,6 +20,7 @@ from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
 __all__ = [
     "FAMILIES", "Family", "export_weights", "head_order", "import_parts", "import_weight", "import_weights", "names_of",
+    "part_orders",
 ]  # fmt: skip
 
 Rotary = Literal["half", "adjacent", "half_per_axis"]
@@ -128,6 +130,26 @@ def export_weights(
 def names_of(family: Family, config: GLMConfig) -> dict[str, tuple[str, ...]]:
     """Our tensor names with theirs, in the model's order."""
     return dict(_pairs(family, config))
+
+
+def part_orders(family: Family, config: GLMConfig, ours: str, n_rows: Sequence[int]) -> list[Tensor | None]:
+    """For each part of theirs, of that many rows, the order that its own rows take in ours; None: as they lie.
+
+    Raises ValueError if they are not as many as the config says.
+    """
+    order = _row_order(family, config, ours)
+    if order is None:
+        return [None] * len(n_rows)
+    if len(order) != sum(n_rows):
+        raise ValueError(
+            f"{ours} has {sum(n_rows)} rows, which does not fit the config's {len(order)}: they belong apart"
+        )
+    orders: list[Tensor | None] = []
+    for n, last in zip(n_rows, accumulate(n_rows), strict=True):
+        part = order[last - n : last] - (last - n)
+        assert int(part.min()) >= 0 and int(part.max()) < n, "rows cross from part to part"
+        orders.append(None if torch.equal(part, torch.arange(n)) else part)
+    return orders
 
 
 def _joined(parts: list[Weight]) -> Weight | QuantParts:

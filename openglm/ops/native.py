@@ -9,12 +9,11 @@ a slower twin on PyTorch's operators, which is used where the library is not the
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import os
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,9 +24,9 @@ from openglm.ops.build import LIBRARY
 from openglm.ops.quant import QuantTensor
 
 __all__ = [
-    "Batch", "ChunkStruct", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct", "PackedMatrix",
-    "PoolStruct", "available", "describe", "library", "matrix_of", "pack", "packable", "set_threads",
-    "unpack_gguf", "use_isa",
+    "Batch", "ChunkStruct", "GgufMatrix", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct",
+    "PackedMatrix", "PoolStruct", "available", "describe", "library", "matrix_of", "pack", "pack_gguf", "packable",
+    "set_threads", "unpack_gguf", "use_isa",
 ]  # fmt: skip
 
 INT4, INT6, INT8, F32, F16, BF16 = range(6)
@@ -40,6 +39,12 @@ class MatrixStruct(Structure):
     _fields_ = [
         ("kind", c_int32), ("group", c_int32), ("rows", c_int64), ("columns", c_int64),
         ("data", c_void_p), ("scale", c_void_p), ("minimum", c_void_p),
+    ]  # fmt: skip
+
+
+class GgufMatrixStruct(Structure):
+    _fields_ = [
+        ("to", MatrixStruct), ("type", c_char_p), ("blocks", c_void_p), ("order", c_void_p), ("n_mapped", c_int64),
     ]  # fmt: skip
 
 
@@ -105,6 +110,7 @@ def library() -> ctypes.CDLL | None:
     lib.og_workspace_free.argtypes = [c_void_p]
     lib.og_forward.argtypes = [c_void_p] * 4
     lib.og_pack.argtypes = [c_void_p] * 4
+    lib.og_pack_gguf.argtypes = [c_void_p, c_int64]
     lib.og_fits_int6.argtypes = [c_void_p, c_int64]
     lib.og_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     lib.og_unpack_gguf.argtypes = [ctypes.c_char_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
@@ -208,20 +214,10 @@ def pack(weight: QuantTensor) -> PackedMatrix:
     """A matrix that is `packable`, in memory of its own. INT8 that only uses -32 to 31 takes six bits."""
     lib = library()
     assert lib is not None and packable(weight)
-    rows, columns = weight.shape
     q = weight.q.contiguous()
     kind = INT4 if weight.bits == 4 else INT6 if lib.og_fits_int6(q.data_ptr(), q.numel()) else INT8
-    # A group that is a whole row is as wide as the padded row: the kernels count groups in blocks of 32.
-    group = weight.group_size if weight.group_size != columns else -(-columns // 32) * 32
-    lanes, n_groups = lib.og_lanes(), weight.scale.shape[1]
-    n_blocks = -(-rows // lanes)
-    n_bytes = {INT4: 16, INT6: 24, INT8: 32}[kind] * lanes * n_blocks * -(-columns // 32)
     scale, minimum = weight.scale.half().contiguous(), None
-    shape = (n_blocks, n_groups, lanes)
-    packed = PackedMatrix(
-        kind, rows, columns, group, huge(n_bytes), torch.empty(shape, dtype=torch.float16),
-        None if weight.minimum is None else torch.empty(shape, dtype=torch.float16),
-    )  # fmt: skip
+    packed = _empty(kind, *weight.shape, weight.group_size, weight.minimum is not None)
     if weight.minimum is not None:
         minimum = weight.minimum.half().contiguous()
     pointer = None if minimum is None else minimum.data_ptr()
@@ -229,14 +225,61 @@ def pack(weight: QuantTensor) -> PackedMatrix:
     return packed
 
 
-def huge(n_bytes: int) -> Tensor:
-    """(n_bytes,) uint8, on huge pages where the system gives them: fewer page table look-ups while streaming."""
-    if n_bytes < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(n_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, -(-n_bytes // (1 << 21)) * (1 << 21))
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=n_bytes)
+def _empty(kind: int, rows: int, columns: int, group: int, has_minimum: bool) -> PackedMatrix:
+    """A packed matrix to be filled."""
+    lib = library()
+    assert lib is not None
+    lanes, n_groups = lib.og_lanes(), columns // group
+    # A group that is a whole row is as wide as the padded row: the kernels count groups in blocks of 32.
+    group = group if group != columns else -(-columns // 32) * 32
+    n_blocks = -(-rows // lanes)
+    n_bytes = {INT4: 16, INT6: 24, INT8: 32}[kind] * lanes * n_blocks * -(-columns // 32)
+    data = torch.empty(n_bytes, dtype=torch.uint8)
+    scale, minimum = (torch.empty(n_blocks, n_groups, lanes, dtype=torch.float16) for _ in range(2))
+    return PackedMatrix(kind, rows, columns, group, data, scale, minimum if has_minimum else None)
+
+
+@dataclass(frozen=True)
+class GgufMatrix:
+    """A matrix (rows, columns) as it lies in a GGUF file, in a type that `unpack_gguf` knows.
+
+    group: columns of a scale in our form. data: (n,) uint8, the blocks, which stay where they are. order: (rows,)
+    int64, row r comes from row order[r] of the file; None: as they lie. mapped: data is a file's memory, whose pages
+    may be given back when they are read.
+    """
+
+    type: str
+    shape: tuple[int, int]
+    group: int
+    has_minimum: bool
+    data: Tensor
+    order: Tensor | None = None
+    mapped: bool = False
+
+    def take_rows(self, first: int, last: int) -> GgufMatrix:
+        """Rows first .. last, of a matrix whose rows are as they lie."""
+        assert self.order is None
+        n_bytes = self.data.numel() // self.shape[0]
+        data = self.data[first * n_bytes : last * n_bytes]
+        return replace(self, shape=(last - first, self.shape[1]), data=data)
+
+    def empty(self) -> PackedMatrix:
+        """What it will be packed into: Q5_0 and Q6_K take six bits."""
+        kind = INT4 if self.type.startswith("Q4") else INT8 if self.type == "Q8_0" else INT6
+        return _empty(kind, *self.shape, self.group, self.has_minimum)
+
+
+def pack_gguf(jobs: Sequence[tuple[GgufMatrix, PackedMatrix]]) -> None:
+    """Fill packed matrices that `empty` made, in one call which leaves the interpreter to others meanwhile."""
+    lib = library()
+    assert lib is not None
+    structs = (GgufMatrixStruct * len(jobs))()
+    for struct, (matrix, packed) in zip(structs, jobs, strict=True):
+        assert matrix.data.is_contiguous() and (matrix.order is None or matrix.order.is_contiguous())
+        order = None if matrix.order is None else matrix.order.data_ptr()
+        struct.to, struct.type, struct.blocks = packed.struct(), matrix.type.encode(), matrix.data.data_ptr()
+        struct.order, struct.n_mapped = order, matrix.data.numel() if matrix.mapped else 0
+    lib.og_pack_gguf(structs, len(jobs))
 
 
 def matrix_of(weight: Tensor) -> MatrixStruct:
