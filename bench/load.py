@@ -103,8 +103,8 @@ def main() -> None:
     sizes = [f"{n / 2**20:,.0f} MiB" for n in (pytorch, weights, rest)]
     print("Peak memory of ours: PyTorch {}, weights {}, the rest {}.".format(*sizes))
     tokens = {name: rows[0]["token"] for name, rows in found.items()}
-    result = {"model": Path(args.model).name, "medians": medians, "more_s": extra, "tokens": tokens}
-    print(json.dumps(result | {key: own[key] for key in ("rss_before_bytes", "weight_bytes")}))
+    summary = {"model": Path(args.model).name, "medians": medians, "more_s": extra, "tokens": tokens}
+    print(json.dumps({**summary, **{key: own[key] for key in ("rss_before_bytes", "weight_bytes")}}))
 
 
 if __name__ == "__main__":

@@ -143,10 +143,8 @@ def bytes_per_pass(engine: Engine) -> int:
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
     """Bytes per second that PyTorch's threads read from memory: the better of adding up and of a product, best of 5."""
-    from openglm.ops.native import huge
-
     place, n_bytes = torch.device(device), BANDWIDTH_BYTES
-    data = huge(n_bytes) if place.type == "cpu" else torch.empty(n_bytes, dtype=torch.uint8, device=place)
+    data = torch.empty(n_bytes, dtype=torch.uint8, device=place)
     numbers = data.view(torch.int64).zero_()
     matrix, vector = data.view(torch.float32).view(-1, COLUMNS), torch.ones(COLUMNS, device=place)
     best = 0.0
