@@ -23,14 +23,6 @@ struct OgMatrix {        // weights of y = x W^T
   const uint16_t *minimum; // like scale, or NULL: then INT4 counts from -8, INT6 from -32
 };
 
-struct OgGgufMatrix { // a quantised matrix of a GGUF file, to be packed
-  OgMatrix to;            // where it goes; kind and group are those of the type
-  const char *type;       // "Q4_K", ...
-  const uint8_t *blocks;  // of all rows
-  const int64_t *order;   // row r comes from row order[r], or NULL
-  int64_t n_mapped;       // bytes from `blocks` on that lie in a mapped file, to be given back; 0: none
-};
-
 struct OgLinear { // up to three matrices below each other, and a bias over all rows or NULL
   int32_t n_parts;
   OgMatrix parts[3];

@@ -19,6 +19,14 @@
 #include "simd.h"
 #include "threads.h"
 
+struct OgGgufMatrix { // a quantised matrix of a GGUF file, to be packed
+  OgMatrix to;            // where it goes; kind and group are those of the type
+  const char *type;       // "Q4_K", ...
+  const uint8_t *blocks;  // of all rows
+  const int64_t *order;   // row r comes from row order[r], or NULL
+  int64_t n_mapped;       // bytes from `blocks` on that lie in a mapped file, to be given back; 0: none
+};
+
 namespace openglm {
 const OgKernels *kernels();
 
