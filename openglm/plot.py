@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["STYLE", "Series", "line_plot", "number"]
+__all__ = ["STYLE", "Series", "line_plot", "number", "svg_file"]
 
 MAX_POINTS = 400  # points a line is drawn with
 MAX_HOVER = 50  # points a line shows its value at
@@ -86,6 +86,20 @@ def line_plot(
     )  # fmt: skip
     legend += '<span class="skip"><i></i>step skipped</span>' if marks else ""
     return "".join(parts) + f'</svg><p class="legend">{legend}</p>'
+
+
+def svg_file(plot: str, series: Sequence[Series]) -> str:
+    """What `line_plot` made of the series as the text of an .svg file: colours and legend inside, on white."""
+    inner = plot[plot.index(">") + 1 : plot.index("</svg>")]
+    names = "".join(
+        f'<text x="{LEFT}" y="{HEIGHT + 16 + 16 * i}" class="name c{s.color}">{html.escape(s.name)}</text>'
+        for i, s in enumerate(series)
+    )
+    height = HEIGHT + 8 + 16 * len(series)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{2 * WIDTH}">'
+        f"<style>{_FILE_STYLE}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{inner}{names}</svg>\n"
+    )
 
 
 def _draw(
@@ -195,4 +209,13 @@ path.line{stroke-width:1.6;stroke-linejoin:round}path.level{stroke-width:1.6;str
 .losses{margin-top:1rem}
 details{margin:1rem 0}summary{cursor:pointer;font-weight:500}section{margin:1.5rem 0}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;font-size:.85rem}
+"""
+
+_FILE_STYLE = """
+text{font:12px system-ui,sans-serif;fill:#5b6570}path{fill:none}.grid{stroke:#d9dee3}.axis{stroke:#5b6570}
+path.line{stroke-width:1.6;stroke-linejoin:round}path.level{stroke-width:1.6;stroke-dasharray:6 4}
+.mark{stroke:#d1242f;stroke-width:2}.hover{fill:transparent;stroke:none}.dot{fill:#fff;stroke-width:1.6}
+.c0{stroke:#0a66c2}.c1{stroke:#c2540a}.c2{stroke:#1a7f4b}.c3{stroke:#8b3fa8}.c4{stroke:#8a6d00}.c5{stroke:#b3365b}
+text.name{stroke:none}text.c0{fill:#0a66c2}text.c1{fill:#c2540a}text.c2{fill:#1a7f4b}text.c3{fill:#8b3fa8}
+text.c4{fill:#8a6d00}text.c5{fill:#b3365b}
 """
