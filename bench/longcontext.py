@@ -80,7 +80,7 @@ def haystack_of(model: Any, text: str, length: int) -> list[int]:
 
 def memory(o: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    print("| tokens | weights | keys and values | the rest | peak, MiB | last 512 tokens, s | a token of the answer, ms |")
+    print("| tokens | weights | keys and values | the rest | peak, MiB | last 512 tokens, s | next token, ms |")
     print("|---|---|---|---|---|---|---|")
     for length in o.lengths:
         command = [sys.executable, __file__, "one", o.reference, str(length), str(o.kv_dtype), str(int(o.whole))]

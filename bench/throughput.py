@@ -141,7 +141,9 @@ def slots_side(path: str, requests: Requests, threads: int, setting: int) -> dic
     return clock.result(requests)
 
 
-def fill_batch(batch: Any, requests: Requests, running: dict[int, int], n_done: dict[int, int]) -> list[tuple[int, int]]:
+def fill_batch(
+    batch: Any, requests: Requests, running: dict[int, int], n_done: dict[int, int]
+) -> list[tuple[int, int]]:
     """(request, place in the batch) of everything that logits are wanted for."""
     batch.n_tokens, rows = 0, []
 

@@ -50,7 +50,7 @@ def model(kind: str = "causal", seed: int = 1) -> Transformer:
 
 
 def engine(kind: str = "causal", proposer: Proposer | None = None, **options: Any) -> Engine:
-    sizes = EngineOptions(**{"page_size": 4, **options})
+    sizes = EngineOptions(**{"page_size": 4, "n_parallel": 16, **options})
     return Engine(model(kind), SPECIALS, N_IDS, sizes, proposer=proposer, grammar_state=lambda _: Alternate())
 
 

@@ -28,7 +28,7 @@ from openglm.engine.beam import Beam
 from openglm.engine.blocks import BlockManager
 from openglm.engine.direct import Direct, check_ids, room_in_context
 from openglm.engine.native_runner import NativeRunner, natural_kv_dtype, runs_natively
-from openglm.engine.options import EngineOptions, default_pool_tokens
+from openglm.engine.options import EngineOptions, check_pool, default_pool_tokens
 from openglm.engine.request import NO_TOKEN, Completion, FinishReason, Request, Step
 from openglm.engine.runner import Chunk, ModelRunner, TorchRunner, kv_type
 from openglm.engine.sampler import Drawn, GrammarState, Sampler, draw_batch
@@ -100,11 +100,14 @@ class Engine:
         return self.model.device
 
     def _pool_size(self) -> tuple[int, int]:
-        tokens, size = self.options.pool_tokens, self.options.page_size
+        size = self.options.page_size
+        dtype = self.options.kv_dtype or (natural_kv_dtype(self.model) if self._native else None)
+        per_token = PagedPool.bytes_per_token(self.config, kv_type(self.model, dtype))
+        tokens = self.options.pool_tokens
         if tokens is None:
-            dtype = self.options.kv_dtype or (natural_kv_dtype(self.model) if self._native else None)
-            per_token = PagedPool.bytes_per_token(self.config, kv_type(self.model, dtype))
             tokens = default_pool_tokens(self.config, per_token, self.device, self.options)
+        else:
+            check_pool(tokens, per_token, self.device)
         return -(-tokens // size), size
 
     @property
@@ -113,7 +116,11 @@ class Engine:
         if self._runner is None:
             blocks = self.scheduler.blocks
             kind = NativeRunner if self._native else TorchRunner
-            self._runner = kind(self.model, blocks.n_pages, blocks.page_size, self.options.kv_dtype)
+            try:
+                self._runner = kind(self.model, blocks.n_pages, blocks.page_size, self.options.kv_dtype)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                n = blocks.n_pages * blocks.page_size
+                raise MemoryError(f"no memory for a pool of {n} tokens: lower pool_tokens or n_parallel") from error
         return self._runner
 
     def describe(self) -> dict[str, Any]:

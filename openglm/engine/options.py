@@ -9,7 +9,7 @@ import torch
 
 from openglm.config import GLMConfig
 
-__all__ = ["EngineOptions", "default_pool_tokens"]
+__all__ = ["EngineOptions", "check_pool", "default_pool_tokens"]
 
 _SHARE = {"cpu": 0.25, "cuda": 0.5}  # of the free memory, where the context of all requests would not fit
 
@@ -24,7 +24,7 @@ class EngineOptions:
     the model's. prefix_cache: keep what was computed for later prompts that begin alike (causal models).
     """
 
-    n_parallel: int = 16
+    n_parallel: int = 32
     step_tokens: int = 512
     pool_tokens: int | None = None
     page_size: int = 16
@@ -51,6 +51,19 @@ def default_pool_tokens(config: GLMConfig, bytes_per_token: int, device: torch.d
         return wanted
     affordable = int(memory * _SHARE[device.type]) // bytes_per_token
     return max(min(wanted, affordable), options.page_size)
+
+
+def check_pool(tokens: int, bytes_per_token: int, device: torch.device) -> None:
+    """ValueError when a pool of that many tokens is larger than the free memory.
+
+    A system that gives memory page by page would accept it, and end the process when the pool fills.
+    """
+    memory, wanted = _free_memory(device), tokens * bytes_per_token
+    if memory is not None and wanted > memory:
+        raise ValueError(
+            f"a pool of {tokens} tokens needs {wanted / 2**30:.1f} GiB but {memory / 2**30:.1f} are free: "
+            "lower pool_tokens, or try kv_dtype int8"
+        )
 
 
 def _free_memory(device: torch.device) -> int | None:
