@@ -179,7 +179,7 @@ def transformers_side(path: str, requests: Requests, threads: int, setting: int)
     model.generation_config.eos_token_id = None  # no end before the length that was asked for
     order = sorted(range(len(requests)), key=lambda i: (requests[i]["n_new"], len(requests[i]["ids"])))
 
-    class Watch(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    class Watch(LogitsProcessor):
         """Sees every token's logits: the first ones are there when it is first called."""
 
         def __init__(self, numbers: list[int]) -> None:
@@ -264,8 +264,8 @@ def figures(requests: Requests, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--side"]:
-        name, model, asked, reply, threads, setting = sys.argv[2:]
-        found = SIDES[name](model, json.loads(Path(asked).read_text(encoding="utf-8")), int(threads), int(setting))
+        name, model, asked, reply, *numbers = sys.argv[2:]
+        found = SIDES[name](model, json.loads(Path(asked).read_text(encoding="utf-8")), *map(int, numbers))
         Path(reply).write_text(json.dumps(found), encoding="utf-8")
         return
     parser = argparse.ArgumentParser(description="throughput of many requests beside llama.cpp and transformers")

@@ -64,10 +64,11 @@ def test_company_changes_not_a_bit(weights: Transformer, kv_dtype: str | None) -
     for number, ids in enumerate(prompts()):
         alone.append(engine(prefix_cache=False, n_parallel=1).generate(ids, params(number)))
     preempted = 0
-    for options in (
+    settings: tuple[dict[str, Any], ...] = (
         {"n_parallel": 17}, {"n_parallel": 17, "prefix_cache": False}, {"step_tokens": 40}, {"pool_tokens": 320},
         {"pool_tokens": 256, "prefix_cache": False}, {"guesses": True}, {"guesses": True, "pool_tokens": 320},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for options in settings:
         made = engine(**{"n_parallel": 16, **options})
         for _ in range(2):  # again, over what the first round left in the prefix cache
             got = [collected(s) for s in [made.stream(ids, params(i)) for i, ids in enumerate(prompts())]]
