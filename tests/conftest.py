@@ -1,13 +1,21 @@
-"""Fixtures shared by all tests: the folder of shared data, and a tiny tokenizer trained in the process."""
+"""Fixtures shared by all tests: shared data, a tiny tokenizer trained in the process, a browser with the page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from openglm.tokenizer import Tokenizer
 from openglm.tokenizer.train import train_bpe
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from tests.page_helpers import Desk
+    from tests.page_server import Page as MockState
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,3 +69,51 @@ def tiny_checkpoint(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPath
     model = init_weights(Transformer(config), seed=3, std=0.3)
     save_checkpoint(folder, model, config, meta, tiny_tokenizer.files)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests of the page."""
+    pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test]'")
+    from playwright.sync_api import sync_playwright
+
+    from tests.page_helpers import launch
+
+    with sync_playwright() as playwright:
+        found = launch(playwright)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def mock_page() -> Iterator[tuple[MockState, str]]:
+    """A mock server with scripted answers: its state and address."""
+    from tests.page_server import start
+
+    state, server, url = start()
+    yield state, url
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def desks(browser: Browser, mock_page: tuple[MockState, str]) -> Iterator[Callable[..., Desk]]:
+    """Opens the page as often as asked, each time for a new user; in the end nothing that must not happen has."""
+    from tests.page_helpers import Desk
+
+    state, url = mock_page
+    made: list[Desk] = []
+
+    def make(**options: Any) -> Desk:
+        made.append(Desk(browser, url, state, **options))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        desk.context.close()
+        assert not desk.trouble
+
+
+@pytest.fixture
+def desk(desks: Callable[..., Desk]) -> Desk:
+    return desks()

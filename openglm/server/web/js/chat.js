@@ -65,9 +65,10 @@ export class ChatView {
     const { conversation } = this;
     return {
       edit: (message, content) => {
-        if (running.has(conversation.id)) return;
+        if (running.has(conversation.id)) return false;
         const edited = append(conversation, message.parent, { role: "user", content, files: message.files });
         this.respond(edited.id);
+        return true;
       },
       again: (message) => running.has(conversation.id) || this.respond(message.parent),
       turn: (message, step) => {

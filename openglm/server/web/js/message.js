@@ -42,7 +42,10 @@ export class MessageView {
       this.foot.querySelector(".edit")?.focus();
     };
     const send = () => {
-      if (area.value.trim()) this.actions.edit(this.message, area.value.trim());
+      const text = area.value.trim();
+      if (!text || !this.actions.edit(this.message, text)) return;
+      this.drawUser(); // this version stays as it was
+      this.foot.hidden = false;
     };
     area.addEventListener("keydown", (event) => {
       if (isComposing(event)) return;
@@ -153,7 +156,7 @@ function statsText(stats) {
   const pieces = [];
   if (stats.tok_s) pieces.push(t("speed", { n: rounded(stats.tok_s) }));
   if (stats.tokens) pieces.push(t("tokens", { n: stats.tokens }));
-  if (stats.first_s) pieces.push(t("firstAfter", { n: stats.first_s.toFixed(1) }));
+  if (stats.first_s >= 0.05) pieces.push(t("firstAfter", { n: stats.first_s.toFixed(1) }));
   return pieces.join(" · ");
 }
 

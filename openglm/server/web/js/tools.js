@@ -72,7 +72,6 @@ export class ToolCard {
     if (key === this.drawnFiles) return;
     this.drawnFiles = key;
     this.files.replaceChildren(...this.part.files.map(fileView));
-    if (this.part.files.some((file) => file.mime.startsWith("image/"))) this.element.open = true;
   }
 }
 

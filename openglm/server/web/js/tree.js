@@ -77,8 +77,8 @@ export function switchVersion(conversation, id, step) {
 /** All text of a message, for search, copying and screen readers. */
 export function textOf(message) {
   if (message.role === "user") return message.content;
-  const text = message.parts.filter((part) => part.type === "text").map((part) => part.text);
-  return text.join("\n\n").trim();
+  const text = message.parts.filter((part) => part.type === "text").map((part) => part.text.trim());
+  return text.filter(Boolean).join("\n\n");
 }
 
 /** A title out of the first message: its first line, at most 48 characters. */
