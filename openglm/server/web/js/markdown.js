@@ -13,7 +13,7 @@ marked.use({
   extensions: EXTENSIONS,
   renderer: {
     // HTML in an answer is shown as it was written, but for a few plain tags that models use in tables and text.
-    html: ({ text }) => text.split(/(<\/?(?:br|sub|sup|kbd|u|mark)\s*\/?>)/i).map((s, i) => (i % 2 ? s : escaped(s))).join(""),
+    html: ({ text, block: whole }) => (whole ? text.trimEnd() : text).split(/(<\/?(?:br|sub|sup|kbd|u|mark)\s*\/?>)/i).map((s, i) => (i % 2 ? s : escaped(s))).join(""),
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
@@ -196,16 +196,28 @@ function drawMath(sources) {
   for (const source of sources) source.replaceWith(formula(source.textContent, source.classList.contains("display")));
 }
 
+/** KaTeX writes a few styles as attributes, which the page's policy forbids; as properties they are allowed. */
+function withStyles(work) {
+  const plain = Element.prototype.setAttribute;
+  Element.prototype.setAttribute = function setAttribute(name, value) {
+    if (name === "style") this.style.cssText = value;
+    else plain.call(this, name, value);
+  };
+  try {
+    work();
+  } finally {
+    Element.prototype.setAttribute = plain;
+  }
+}
+
 function formula(tex, display) {
   const key = `${display}${tex}`;
   if (!drawn.has(key)) {
     const node = document.createElement(display ? "div" : "span");
     node.className = display ? "formula display" : "formula";
     // KaTeX builds nodes, not HTML; `trust` false leaves out links, classes and pictures; sizes are bounded.
-    katex.render(tex, node, {
-      displayMode: display, throwOnError: false, trust: false, strict: "ignore", maxSize: 20, maxExpand: 300,
-      errorColor: "currentColor",
-    });
+    const options = { displayMode: display, throwOnError: false, trust: false, strict: "ignore", maxSize: 20, maxExpand: 300 };
+    withStyles(() => katex.render(tex, node, { ...options, errorColor: "currentColor" }));
     sanitize(node);
     if (drawn.size >= MAX_DRAWN) drawn.clear();
     drawn.set(key, node);
