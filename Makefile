@@ -36,6 +36,10 @@ COMPILER := command -v c++ >/dev/null || { command -v apt-get >/dev/null && [ "$
 SANDBOX := [ "$$(uname)" != Linux ] || command -v bwrap >/dev/null || { command -v apt-get >/dev/null && \
 	[ "$$(id -u)" = 0 ] && apt-get -qq update >/dev/null && apt-get -qq install -y bubblewrap >/dev/null; } || true
 
+# The tests of the chat page want a browser; where there is none they are skipped.
+BROWSER := command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+	apt-get -qq update >/dev/null && apt-get -qq install -y --no-install-recommends chromium fonts-noto-cjk >/dev/null; } || true
+
 $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@$(SANDBOX)
@@ -46,6 +50,7 @@ $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@$(SANDBOX)
+	@$(BROWSER)
 	@echo "make: installing OpenGLM, PyTorch and the test tools into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed

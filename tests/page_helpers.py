@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Playwright
+from playwright.sync_api import Browser, BrowserContext, Dialog, Locator, Page, Playwright
 
 from tests.page_server import Page as MockState
 
@@ -28,7 +28,7 @@ def launch(playwright: Playwright) -> Browser:
 
 
 class Desk:
-    """One user's browser with the page open. `trouble` collects errors, dialogs, policy violations, foreign requests."""
+    """One user's browser with the page open. `trouble`: errors, dialogs, policy violations, foreign requests."""
 
     def __init__(self, browser: Browser, url: str, mock: MockState | None, **options: Any) -> None:
         self.url, self.mock = url, mock
@@ -42,12 +42,16 @@ class Desk:
     def open(self) -> Page:
         page = self.context.new_page()
         page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (self.trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("dialog", self._asked)
         page.on("request", lambda request: self._check(request.url))
         page.on("console", lambda message: self._logged(message.type, message.text))
         page.goto(self.url)
         page.wait_for_selector("html[data-ready]")
         return page
+
+    def _asked(self, dialog: Dialog) -> None:
+        self.trouble.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _check(self, url: str) -> None:
         if not url.startswith((self.url, "data:", "blob:" + self.url)) or "pwned" in url:
@@ -86,7 +90,7 @@ class Desk:
         return [r for r in self.mock.requests if r["path"] == "/v1/chat/completions"]
 
     def until(self, script: str, page: Page | None = None) -> None:
-        """Wait until an expression holds. (Playwright's own wait evaluates text in the page, which the policy forbids.)"""
+        """Wait until an expression holds. Playwright's own wait evaluates text in the page: its policy forbids that."""
         for _ in range(600):
             if (page or self.page).evaluate(script):
                 return

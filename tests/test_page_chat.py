@@ -200,10 +200,9 @@ def shape(conversation: dict[str, object]) -> list[object]:
     """What a conversation says, without ids and what has no value."""
     messages = conversation["messages"]
     assert isinstance(messages, list)
-    kept = ("role", "content", "files", "finish")
+    kept, in_parts = ("role", "content", "files", "finish"), ("type", "text", "name", "content")
     return [
-        [m.get(k) for k in kept] + [{k: p.get(k) for k in ("type", "text", "name", "content")} for p in m.get("parts", [])]
-        for m in messages
+        [m.get(k) for k in kept] + [{k: p.get(k) for k in in_parts} for p in m.get("parts", [])] for m in messages
     ]
 
 

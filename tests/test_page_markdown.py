@@ -44,7 +44,7 @@ TEXTS = (
     "# Title\n\nA paragraph with **bold**, *italics* and `code`.\nNext line.\n\nTitle below\n===========\n\nend",
     "1. one\n2. two\n\n   more of two\n3. three\n   - inner\n   - inner\n\n1. one\n\n2. loose\n\n10. ten\n\ntext",
     "| a | b |\n|---|--:|\n| 1 | 2 |\n| 3 | 4 |\n\n> quote\n> more\n\n---\n\n- [x] done\n- [ ] open\n",
-    "Before\n\n```python\ndef f(x):\n    return x  # $not$ maths\n\n\nprint(f(1))\n```\n\nAfter `a` and\n\n~~~\nplain\n~~~\n",
+    "Before\n\n```python\ndef f(x):\n    return x  # $not$ maths\n\n\nprint(f(1))\n```\n\nAfter `a`\n\n~~~\nplain\n~~~\n",
     "See [one][1] and [two].\n\nMore text.\n\n[1]: https://example.org/1\n[two]: https://example.org/2\n",
     "Sum $a+b$ and\n\n$$\nx = \\frac{1}{2}\n$$\n\n\\[ y \\]\n\nthen \\(z\\) costs $5 or $6.\r\nEnd.",
     "中文**重点：**后文。\n\n“引用”**“强调”**结束\n\n- 一\n- 二\n\n| 列 | 值 |\n|--|--|\n| 甲 | 乙 |\n",
@@ -94,12 +94,12 @@ def test_formulas(desk: Desk) -> None:
 
 
 def test_formulas_keep_their_styles(desk: Desk) -> None:
-    """Nothing of what KaTeX draws is lost to the cleaning or to the page's policy: as many styles as in its own HTML."""
+    """Nothing that KaTeX draws is lost to the cleaning or the page's policy: as many styles as in its own HTML."""
     desk.page.evaluate(RENDER, "$x$")
     sources = [
         r"\frac{a}{b}", r"\sqrt[3]{x}", r"\sum_{i=0}^n i^2", r"\begin{pmatrix}a&b\\c&d\end{pmatrix}", r"\vec{v}",
-        r"\overbrace{x+y}^{z}", r"\cancel{x}", r"\text{中文}", r"\color{blue}{x}", r"\boxed{x}", r"\pmb{x}", r"\oiint x",
-        r"\fcolorbox{red}{blue}{x}", r"\begin{cases}a\\b\end{cases}", r"\xrightarrow{abc}", r"\undefined",
+        r"\overbrace{x+y}^{z}", r"\cancel{x}", r"\text{中文}", r"\color{blue}{x}", r"\boxed{x}", r"\pmb{x}",
+        r"\oiint x", r"\fcolorbox{red}{blue}{x}", r"\begin{cases}a\\b\end{cases}", r"\xrightarrow{abc}", r"\undefined",
     ]  # fmt: skip
     lost = desk.page.evaluate("""async (sources) => {
         const {render} = await import("./js/markdown.js");
@@ -120,7 +120,8 @@ def test_formulas_keep_their_styles(desk: Desk) -> None:
 
 def test_event_streams_are_read_however_they_are_cut(desk: Desk) -> None:
     """Line ends of all three kinds, comments, several data lines, characters cut in two."""
-    text = ": hello\r\n\r\ndata: one\n\ndata:two\r\rdata: a\r\ndata: b\r\n\r\nevent: x\nid: 3\ndata: 你好🙂\n\ndata: last"
+    text = ": hello\r\n\r\ndata: one\n\ndata:two\r\rdata: a\r\ndata: b\r\n\r\n"
+    text += "event: x\nid: 3\ndata: 你好🙂\n\ndata: last"
     found = desk.page.evaluate("""async (text) => {
         const {serverEvents} = await import("./js/api.js");
         const bytes = new TextEncoder().encode(text);

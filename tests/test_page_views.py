@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.page_helpers import Desk
@@ -195,7 +195,8 @@ def test_the_key_is_asked_for_and_kept_for_the_session(desk: Desk) -> None:
     desk.reload()
     desk.until("document.getElementById('model').textContent === 'glm-test'")
     assert not page.locator("#key-dialog").is_visible()
-    assert "sesame" not in page.evaluate("JSON.stringify(localStorage)") and not any("sesame" in p for p in desk.mock.seen)
+    assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
+    assert not any("sesame" in address for address in desk.mock.seen)
 
 
 def test_380_pixels_are_wide_enough(desks: DeskMaker) -> None:
@@ -255,8 +256,8 @@ def test_themes_follow_the_system_until_one_is_chosen(desks: DeskMaker) -> None:
     assert brightness(desk) > 600
 
 
-def contrast(one: list[float], other: list[float]) -> float:
-    def luminance(colour: list[float]) -> float:
+def contrast(one: Sequence[int], other: Sequence[int]) -> float:
+    def luminance(colour: Sequence[int]) -> float:
         linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -267,14 +268,14 @@ def contrast(one: list[float], other: list[float]) -> float:
 def test_colours_are_readable_in_both_themes(desk: Desk) -> None:
     """WCAG AA: 4.5 to 1 for every text colour on every ground it stands on."""
     pairs = [
-        *((text, ground) for text in ("ink", "soft") for ground in ("paper", "sheet", "side", "hover", "code", "bubble")),
+        *((text, at) for text in ("ink", "soft") for at in ("paper", "sheet", "side", "hover", "code", "bubble")),
         ("faint", "paper"), ("faint", "sheet"), ("faint", "side"), ("faint", "code"), ("faint", "hover"),
         ("accent", "sheet"), ("accent", "paper"), ("accent", "tint"), ("accent-ink", "accent"),
         ("danger", "sheet"), ("danger", "paper"), ("ink", "tint"),
         *((f"c-{name}", "code") for name in ("keyword", "string", "number", "comment", "name")),
     ]  # fmt: skip
     for theme in ("light", "dark"):
-        desk.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+        desk.page.emulate_media(color_scheme=theme) 
         names = sorted({name for pair in pairs for name in pair})
         script = "(names) => names.map((n) => getComputedStyle(document.documentElement).getPropertyValue('--' + n))"
         values = desk.page.evaluate(script, names)
@@ -341,7 +342,8 @@ def test_everything_can_be_done_with_the_keyboard(desk: Desk) -> None:
     desk.finished(0)
     page.focus(".turn-left")
     keys.press("Enter")
-    assert desk.last_answer() == "Version 1" and page.evaluate("document.activeElement.className").endswith("turn-right")
+    assert desk.last_answer() == "Version 1"
+    assert page.evaluate("document.activeElement.className").endswith("turn-right")
 
 
 def test_screen_readers_get_names_and_whole_answers(desk: Desk) -> None:
@@ -355,7 +357,8 @@ def test_screen_readers_get_names_and_whole_answers(desk: Desk) -> None:
         "Writing an answer", "I will compute it.\n\nThe largest value is **0.9996**."
     ]  # fmt: skip
     page.click("#open-settings")
-    nameless = page.evaluate("""() => Array.from(document.querySelectorAll("button, a, input, textarea, select, summary"))
+    nameless = page.evaluate("""() => Array
+        .from(document.querySelectorAll("button, a, input, textarea, select, summary"))
         .filter((e) => !(e.innerText || e.getAttribute("aria-label") || e.labels?.length || e.type === "file"))
         .filter((e) => !e.closest("[hidden]") && !e.textContent)
         .map((e) => e.outerHTML.slice(0, 100))""")

@@ -73,7 +73,8 @@ URLS = (
 
 UNSAFE = """() => {
     const bad = [];
-    for (const e of document.querySelectorAll("#messages *, #conversations *, #title, #fill *, #toasts *, #attachments *")) {
+    const places = ["messages", "conversations", "title", "fill", "toasts", "attachments"].map((id) => `#${id} *`);
+    for (const e of document.querySelectorAll(places.join())) {
         if (/^(script|iframe|object|embed|style|link|meta|base|form|input|video|audio|template)$/i.test(e.tagName)
             && !e.closest(".editor") && !e.classList.contains("rename")) bad.push(e.tagName);
         for (const {name, value} of e.attributes) {
@@ -82,7 +83,8 @@ UNSAFE = """() => {
                 const url = new URL(value, document.baseURI);
                 const fine = ["http:", "https:", "mailto:"].includes(url.protocol)
                     || (url.protocol === "data:" && e.tagName === "IMG") || e.matches("a.file[download]");
-                if (!fine || (e.tagName === "IMG" && url.protocol !== "data:" && url.origin !== location.origin)) bad.push(value);
+                const foreign = url.protocol !== "data:" && url.origin !== location.origin;
+                if (!fine || (e.tagName === "IMG" && foreign)) bad.push(value);
             }
             if ((name === "id" || name === "name") && e.closest(".prose, .bubble, .tool")) bad.push(name);
         }
@@ -92,7 +94,7 @@ UNSAFE = """() => {
 PROBE = """() => {
     for (const e of document.querySelectorAll("#messages summary")) e.click();
     for (const e of document.querySelectorAll("#messages .prose *")) {
-        for (const type of ["mouseover", "focus", "toggle", "pointerenter", "error", "load"]) e.dispatchEvent(new Event(type));
+        for (const type of ["mouseover", "focus", "toggle", "error", "load"]) e.dispatchEvent(new Event(type));
         if (e.tagName === "A") e.removeAttribute("target");
     }
     for (const e of document.querySelectorAll("#messages .prose a[href]")) {
@@ -129,8 +131,8 @@ def test_answers_that_stream_in(desk: Desk) -> None:
 
 def test_what_the_user_writes_titles_and_file_names(desk: Desk, tmp_path: Path) -> None:
     page = desk.page
-    files = [{"name": payload.replace("\x00", ""), "mimeType": "text/plain", "buffer": b"x"} for payload in PAYLOADS[:10]]
-    page.set_input_files("#files", files)  # type: ignore[arg-type]
+    for payload in PAYLOADS[:10]:
+        page.set_input_files("#files", {"name": payload, "mimeType": "text/plain", "buffer": b"x"})
     page.wait_for_selector("#attachments .chip >> nth=9")
     desk.ask("\n".join(PAYLOADS))
     for payload in PAYLOADS[:3]:
@@ -141,7 +143,8 @@ def test_what_the_user_writes_titles_and_file_names(desk: Desk, tmp_path: Path) 
     settle(desk)
     assert all(payload.split("\n")[0] in page.locator(".bubble").inner_text() for payload in PAYLOADS[:5])
     page.click("#open-fill")
-    desk.mock.fillings = [{"text": p, "blanks": [p, p], "probability": 0.1} for p in PAYLOADS]  # type: ignore[union-attr]
+    assert desk.mock is not None
+    desk.mock.fillings = [{"text": p, "blanks": [p, p], "probability": 0.1} for p in PAYLOADS]
     page.fill("#fill-input", PAYLOADS[0] + " ____")
     page.click("#fill-run")
     page.wait_for_selector("#fillings li")
@@ -159,10 +162,13 @@ def poisoned() -> dict[str, Any]:
             "files": [{"name": payload[:300], "mime": "image/png", "url": url} for url in URLS]
             + [{"name": payload[:300], "mime": "text/html", "url": url} for url in (URLS[0], URLS[2])],
         }  # fmt: skip
-        user = {"id": "u", "parent": None, "role": "user", "content": payload, "files": [{"name": "f", "text": payload}]}
+        files = [{"name": "f", "text": payload}]
+        user = {"id": "u", "parent": None, "role": "user", "content": payload, "files": files}
         parts = [{"type": "reasoning", "text": payload}, call, {"type": "text", "text": payload}]
-        answer = {"id": "a", "parent": "u", "role": "assistant", "parts": parts, "finish": "error", "model": payload[:300],
-                  "error": {"status": 500, "text": payload}, "stats": {"tok_s": payload}}  # fmt: skip
+        answer = {
+            "id": "a", "parent": "u", "role": "assistant", "parts": parts, "finish": "error", "model": payload[:300],
+            "error": {"status": 500, "text": payload}, "stats": {"tok_s": payload},
+        }  # fmt: skip
         conversations.append({"title": f"{number} {payload}"[:300], "system": payload, "messages": [user, answer],
                               "chosen": {"__proto__": "a", "": "u"}, "id": payload[:300]})  # fmt: skip
     return {"format": "openglm-conversations", "version": 1, "conversations": conversations}

@@ -19,6 +19,7 @@ CODE_FOLDERS = ("openglm", "runs", "bench", "tests")
 TEXT_FOLDERS = (*CODE_FOLDERS, "docs", ".ci")
 TEXT_SUFFIXES = {".py", ".md", ".sh", ".yaml", ".yml", ".toml", ".svg", ".json", ".html", ".css", ".js", ""}
 GENERATED = {"__pycache__", "assets"}  # assets: the bundled model, data rather than text
+VENDORED = REPOSITORY / "openglm" / "server" / "web" / "vendor"  # see test_page_policy.py
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_CHECKPOINT_BYTES = 64_000_000
@@ -33,8 +34,9 @@ VENDOR_FOLDERS = {"vendor", "vendored", "third_party", "thirdparty", "node_modul
 def files(folders: tuple[str, ...], suffixes: set[str]) -> Iterator[Path]:
     for folder in folders:
         for path in sorted((REPOSITORY / folder).rglob("*")):
-            if path.is_file() and path.suffix in suffixes and not GENERATED & set(path.relative_to(REPOSITORY).parts):
-                yield path
+            if path.is_file() and path.suffix in suffixes and VENDORED not in path.parents:
+                if not GENERATED & set(path.relative_to(REPOSITORY).parts):
+                    yield path
 
 
 def python_files() -> list[Path]:

@@ -53,13 +53,15 @@ export class SettingsDrawer {
 
   range({ name, start, ...limits }) {
     const id = `set-${name}`;
+    const own = this.app.model()?.defaults?.[name]; // what the model's makers chose
     const input = h("input", { type: "range", id, ...limits });
     const shown = h("output", { for: id });
     const reset = iconButton("again", t("toDefault"), () => show(null), { class: "reset" });
     const show = (value) => {
-      input.value = value ?? start;
+      input.value = value ?? own ?? start;
       input.classList.toggle("unset", value === null);
       shown.textContent = value === null ? t("default") : value.toFixed(2);
+      if (value === null && typeof own === "number") shown.textContent += ` ${own.toFixed(2)}`;
       input.setAttribute("aria-valuetext", shown.textContent);
       reset.disabled = value === null;
       this.set(name, value);
