@@ -44,7 +44,7 @@ TEXTS = (
     "# Title\n\nA paragraph with **bold**, *italics* and `code`.\nNext line.\n\nTitle below\n===========\n\nend",
     "1. one\n2. two\n\n   more of two\n3. three\n   - inner\n   - inner\n\n1. one\n\n2. loose\n\n10. ten\n\ntext",
     "| a | b |\n|---|--:|\n| 1 | 2 |\n| 3 | 4 |\n\n> quote\n> more\n\n---\n\n- [x] done\n- [ ] open\n",
-    "Before\n\n```python\ndef f(x):\n    return x  # $not$ maths\n\n\nprint(f(1))\n```\n\nAfter `a`\n\n~~~\nplain\n~~~\n",
+    "Before\n\n```python\ndef f(x):\n    return x  # $not$ maths\n\n\nf(1)\n```\n\nAfter `a`\n\n~~~\nplain\n~~~\n",
     "See [one][1] and [two].\n\nMore text.\n\n[1]: https://example.org/1\n[two]: https://example.org/2\n",
     "Sum $a+b$ and\n\n$$\nx = \\frac{1}{2}\n$$\n\n\\[ y \\]\n\nthen \\(z\\) costs $5 or $6.\r\nEnd.",
     "中文**重点：**后文。\n\n“引用”**“强调”**结束\n\n- 一\n- 二\n\n| 列 | 值 |\n|--|--|\n| 甲 | 乙 |\n",
