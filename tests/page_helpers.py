@@ -36,7 +36,7 @@ class Desk:
         self.context: BrowserContext = browser.new_context(
             **({"viewport": {"width": 1200, "height": 760}, "reduced_motion": "reduce", "locale": "en-US"} | options)
         )
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(120_000)
         self.page = self.open()
 
     def open(self) -> Page:
@@ -91,7 +91,7 @@ class Desk:
 
     def until(self, script: str, page: Page | None = None) -> None:
         """Wait until an expression holds. Playwright's own wait evaluates text in the page: its policy forbids that."""
-        for _ in range(600):
+        for _ in range(4000):
             if (page or self.page).evaluate(script):
                 return
             time.sleep(0.025)

@@ -38,7 +38,7 @@ def served() -> Iterator[str]:
     process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}/"
     try:
-        for _ in range(600):
+        for _ in range(1800):
             assert process.poll() is None, "the server ended"
             try:
                 with urllib.request.urlopen(url + "health", timeout=5) as answer:
