@@ -177,8 +177,13 @@ struct Pass {
           for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
         }
     barrier();
-    const int64_t per_tile = std::max<int64_t>(1, OG_TILE_ROWS / group), rows = per_tile * group;
-    float *scratch = w.mine[thread].scratch.get<float>(og_scratch(rows, hd));
+    int64_t per_tile = std::max<int64_t>(1, OG_TILE_ROWS / group);
+    for (int64_t n = per_tile; n > per_tile / 2; n--) // rows come by the eight
+      if (n * group % 8 == 0) {
+        per_tile = n;
+        break;
+      }
+    float *scratch = w.mine[thread].scratch.get<float>(og_scratch(per_tile * group, hd));
     int64_t next = take(1), before = 0;
     for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens) {
       const OgChunk &chunk = b.chunks[c];
