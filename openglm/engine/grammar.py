@@ -16,6 +16,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -65,41 +66,53 @@ def check_grammar(grammar: Grammar) -> None:
 class Grammars:
     """Makes the state of an answer for any `Grammar`; compiled grammars are kept. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, spelled: Iterable[str] = ()) -> None:
+        """spelled: special tokens that whoever reads the answers takes for their names, such as </think>."""
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        special = tokenizer.special_ids
+        self._names = {special[name]: name.encode() for name in spelled if name in special}
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._compiled: OrderedDict[tuple[str, bool], Any] = OrderedDict()
 
     def __call__(self, grammar: Grammar) -> TokenGrammar:
         """A fresh state. Raises ValueError for a grammar that is damaged or says what cannot be held to."""
-        with self._lock:
-            text = to_ebnf(grammar)
-            matchers = [self._matcher(text, False)]
-            if self._drops_space and not grammar.continues:
-                matchers.append(self._matcher(text, True))
+        text = to_ebnf(grammar)
+        matchers = [self._matcher(text, False)]
+        if self._drops_space and not grammar.continues:
+            matchers.append(self._matcher(text, True))
         return TokenGrammar(matchers, self._starts_with_space, self._tokenizer.vocab_size)
 
     def _matcher(self, text: str, after_space: bool) -> Any:
         xgrammar = _xgrammar()
-        if (text, after_space) not in self._compiled:
-            try:
-                parsed = xgrammar.Grammar.from_ebnf(text)
-                if after_space:
-                    parsed = xgrammar.Grammar.concat(xgrammar.Grammar.from_ebnf('root ::= " "'), parsed)
-                self._compiled[text, after_space] = self._compiler.compile_grammar(parsed)
-            except (RuntimeError, ValueError) as error:
-                cause = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error).strip())
-                raise ValueError(f"the grammar is damaged: {' '.join(cause.split())}") from None
-        self._compiled.move_to_end((text, after_space))
-        while len(self._compiled) > _MAX_COMPILED:
-            self._compiled.popitem(last=False)
-        return xgrammar.GrammarMatcher(self._compiled[text, after_space])
+        key = (text, after_space)
+        with self._lock:
+            compiled = self._compiled.get(key)
+        if compiled is None:
+            with self._compiling:  # it may take seconds, in which what is known can be had
+                compiled = self._compile(text, after_space)
+        with self._lock:
+            self._compiled[key] = compiled
+            self._compiled.move_to_end(key)
+            while len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return xgrammar.GrammarMatcher(compiled)
+
+    def _compile(self, text: str, after_space: bool) -> Any:
+        xgrammar = _xgrammar()
+        try:
+            parsed = xgrammar.Grammar.from_ebnf(text)
+            if after_space:
+                parsed = xgrammar.Grammar.concat(xgrammar.Grammar.from_ebnf('root ::= " "'), parsed)
+            return self._compiler.compile_grammar(parsed)
+        except (RuntimeError, ValueError) as error:
+            cause = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error).strip())
+            raise ValueError(f"the grammar is damaged: {' '.join(cause.split())}") from None
 
     @cached_property
     def _compiler(self) -> Any:
         """Specials spell nothing, which xgrammar never allows; one more id than there are marks the end."""
         xgrammar, size = _xgrammar(), self._tokenizer.vocab_size
-        spelled = [self._tokenizer.token_bytes(i) for i in range(size)]
+        spelled = [self._names.get(i) or self._tokenizer.token_bytes(i) for i in range(size)]
         info = xgrammar.TokenizerInfo(
             [*spelled, b"<end>"], xgrammar.VocabType.RAW, vocab_size=size + 1, stop_token_ids=[size]
         )

@@ -16,7 +16,10 @@ from typing import Any
 from openglm.engine.number_grammar import INTEGER, NUMBER
 from openglm.engine.regex_grammar import Ranges, char_class, literal, without
 
-__all__ = ["BASE", "CHARS", "FORMATS", "PLAIN", "json_to_ebnf", "spelled", "spelled_char", "type_of"]
+__all__ = [
+    "BASE", "CHARS", "FORMATS", "PLAIN", "in_python", "json_to_ebnf", "spelled", "spelled_char", "spelled_python",
+    "type_of",
+]  # fmt: skip
 
 # Characters that stand in a JSON string as they are, and escapes; none of these is half of a surrogate pair.
 PLAIN: Ranges = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF))
@@ -81,3 +84,29 @@ def type_of(value: Any) -> str:
     if isinstance(value, int | float):
         return "integer" if float(value).is_integer() else "number"
     return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
+
+
+def spelled_python(value: Any) -> str:
+    """One value as a Python literal, as EBNF."""
+    return literal(_python(value))
+
+
+def _python(value: Any) -> str:
+    """A literal in double quotes; JSON's escapes mean the same in Python, but for that of the slash."""
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_python(k)}: {_python(v)}' for k, v in value.items())}}}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def in_python(rules: str) -> str:
+    """Rules whose values are JSON, with the words and escapes that Python has in their place."""
+    for there, here in (
+        ('boolean ::= "true" | "false"', 'boolean ::= "True" | "False"'), ('null ::= "null"', 'null ::= "None"'),
+        (CHARS[1], CHARS[1].replace("/", "")),
+    ):  # fmt: skip
+        rules = rules.replace(there, here)
+    return rules

@@ -11,15 +11,18 @@ length above 64, no quote, backslash or line break can stand unless the pattern 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from keyword import iskeyword
+from typing import Any, Literal
 
-from openglm.engine.json_grammar import BASE, CHARS, FORMATS, PLAIN, spelled, spelled_char, type_of
+from openglm.engine.json_grammar import BASE, CHARS, FORMATS, PLAIN, spelled, spelled_char, spelled_python, type_of
 from openglm.engine.number_grammar import Bound, integer_between, number_between
 from openglm.engine.regex_grammar import Ranges, char_class, literal, regex_to_ebnf, without
 
-__all__ = ["schema_to_ebnf"]
+__all__ = ["Dialect", "schema_rules", "schema_to_ebnf"]
+
+Dialect = Literal["json", "python"]  # how values are spelled; python: as keyword arguments of a call, at the top
 
 NOTES = frozenset(
     ["title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment",
@@ -40,15 +43,23 @@ _LONG = 64  # characters; in longer strings of limited length no escapes are all
 
 def schema_to_ebnf(schema: Any) -> str:
     """The grammar of a schema, a parsed JSON value. Raises ValueError naming the keyword that cannot be held to."""
-    converter = _Converter(schema)
-    body = converter.node(schema, "the schema")
-    return "\n".join([f"root ::= {body}", *(f"{name} ::= {rule}" for name, rule in converter.rules.items()), BASE])
+    rules: dict[str, str] = {}
+    body = schema_rules(schema, rules)
+    return "\n".join([f"root ::= {body}", *(f"{name} ::= {rule}" for name, rule in rules.items()), BASE])
+
+
+def schema_rules(schema: Any, rules: dict[str, str], dialect: Dialect = "json", where: str = "the schema") -> str:
+    """The expression of a schema; what it refers to is added to `rules`, which several schemas may share, and is in
+    `BASE` (`PYTHON_BASE`). Raises ValueError as `schema_to_ebnf`.
+    """
+    converter = _Converter(schema, rules, dialect)
+    return converter.node(schema, where) if dialect == "json" else converter.keywords(schema, where)
 
 
 class _Converter:
-    def __init__(self, root: Any) -> None:
-        self.root = root
-        self.rules: dict[str, str] = {}
+    def __init__(self, root: Any, rules: dict[str, str], dialect: Dialect) -> None:
+        self.root, self.rules = root, rules
+        self._spelled = spelled if dialect == "json" else spelled_python
         self._references: dict[str, str] = {}
         self._open: list[str] = []  # references being followed without a token between them
         self._needed: list[str] = []  # references being followed without a choice between them
@@ -57,6 +68,24 @@ class _Converter:
         name = f"{kind}{len(self.rules)}"
         self.rules[name] = body
         return name
+
+    def keywords(self, schema: Any, where: str) -> str:
+        """An object as keyword arguments, name=value; where a name is no identifier, or any may come, as **{...}."""
+        object_ = schema if isinstance(schema, Mapping) else {}
+        properties = object_.get("properties", {})
+        plain = isinstance(properties, Mapping) and all(
+            n.isascii() and n.isidentifier() and not iskeyword(n) for n in properties
+        )
+        if not plain or object_.get("type") != "object" or self._is_open(object_):
+            return f'"**" {self.node(schema, where)}'
+        return self._object(schema, where, lambda name: literal(f"{name}="), ("", ""))
+
+    @staticmethod
+    def _is_open(schema: Mapping[str, Any]) -> bool:
+        """Whether an object may have members that are not declared."""
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        more = schema.get("additionalProperties", not properties)
+        return more is not False or any(name not in properties for name in required)
 
     # ---------------------------------------------------------------- any node
 
@@ -179,7 +208,7 @@ class _Converter:
         values = [v for v in values if type_of(v) in types]
         if not values:
             raise ValueError(f"{where}: no value of 'enum' or 'const' is of its 'type'")
-        branches = list(dict.fromkeys(spelled(v) for v in values))
+        branches = list(dict.fromkeys(self._spelled(v) for v in values))
         return branches[0] if len(branches) == 1 else "(" + " | ".join(branches) + ")"
 
     def _typed(self, schema: Mapping[str, Any], used: list[str], where: str) -> str:
@@ -304,7 +333,11 @@ class _Converter:
                 last = f"({last})?"
         return self._rule(f'"[" ws {last} "]"', "array")
 
-    def _object(self, schema: Mapping[str, Any], where: str) -> str:
+    def _object(
+        self, schema: Mapping[str, Any], where: str, key: Callable[[str], str] | None = None,
+        around: tuple[str, str] = ("{", "}"),
+    ) -> str:  # fmt: skip
+        """key: how the name of a member is written, with what stands between it and its value."""
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, Mapping):
             raise ValueError(f"{where}: 'properties' must be an object")
@@ -321,13 +354,13 @@ class _Converter:
             needed = name in required
             if needed or value is not False:
                 body = self.optional(value, f"{where}.properties.{name}", needed)
-                pairs.append((f"{spelled(name)} colon {body}", needed))
+                pairs.append((f"{key(name) if key else spelled(name) + ' colon'} {body}", needed))
         extra = None
         if more is not False:
             name = self._rule(self._other_names(list(wanted)), "name") if wanted else "string"
             extra = f"{name} colon {self.optional(more, f'{where}.additionalProperties')}"
         self._open = outer
-        return self._rule(f'"{{" ws {self._members(pairs, extra)} "}}"', "object")
+        return self._rule(f'"{around[0]}" ws {self._members(pairs, extra)} "{around[1]}"', "object")
 
     def _members(self, pairs: list[tuple[str, bool]], extra: str | None) -> str:
         """Members in order, where commas depend on whether one came before: a chain of rules from the last one on."""

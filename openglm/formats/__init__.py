@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from openglm.formats.base import BaseFormat, ChatFormat, Parser, Part, Rendered, render_many
+from openglm.formats.base import BaseFormat, CallStyle, ChatFormat, Parser, Part, Rendered, render_many
 from openglm.formats.chatglm3 import ChatGlm3Format
 from openglm.formats.chatml import ChatMlFormat
 from openglm.formats.codegeex import CodeGeex2Format, CodeGeex4Format
@@ -23,7 +23,9 @@ from openglm.formats.jinja import JinjaFormat
 from openglm.formats.rounds import ChatGlm2Format, ChatGlm6bFormat
 from openglm.tokenizer import Tokenizer
 
-__all__ = ["FORMATS", "ChatFormat", "Parser", "Part", "Rendered", "detect_format", "get_format", "render_many"]
+__all__ = [
+    "FORMATS", "CallStyle", "ChatFormat", "Parser", "Part", "Rendered", "detect_format", "get_format", "render_many",
+]  # fmt: skip
 
 FORMATS: dict[str, type[BaseFormat]] = {
     kind.name: kind

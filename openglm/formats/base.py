@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from openglm.tokenizer import Tokenizer
 from openglm.types import Event, Message, ToolSpec
@@ -19,7 +19,7 @@ from openglm.types import Event, Message, ToolSpec
 if TYPE_CHECKING:
     from openglm.formats.parser import AnswerParser, Syntax
 
-__all__ = ["BaseFormat", "ChatFormat", "Parser", "Part", "Rendered", "assemble", "render_many"]
+__all__ = ["BaseFormat", "CallStyle", "ChatFormat", "Parser", "Part", "Rendered", "assemble", "render_many"]
 
 
 class Part(NamedTuple):
@@ -35,6 +35,22 @@ class Rendered:
 
     ids: list[int]
     loss_mask: list[bool]
+
+
+class CallStyle(NamedTuple):
+    """How calls are written, for grammars that hold an answer to them; in the texts {name} stands for the tool.
+
+    before, after: what stands around the arguments. arguments: a JSON object, or Python keyword arguments. between:
+    what joins two calls of one turn; None: a turn has one. text: the beginning of an answer that is no call, where it
+    has a mark of its own. mark: the characters by which a call is told from text inside an answer.
+    """
+
+    before: str
+    after: str = ""
+    arguments: Literal["json", "python"] = "json"
+    between: str | None = None
+    text: str = ""
+    mark: str = ""
 
 
 class Parser(Protocol):
@@ -57,6 +73,14 @@ class Parser(Protocol):
 class ChatFormat(Protocol):
     name: str
     stop_ids: tuple[int, ...]
+
+    @property
+    def call_style(self) -> CallStyle | None:
+        """None: the format has no tools."""
+
+    @property
+    def thinks_always(self) -> bool:
+        """Whether every answer begins with reasoning, which the prompt opens and </think> ends."""
 
     def parts(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
@@ -81,6 +105,8 @@ class BaseFormat(ABC):
 
     name = ""
     needed: tuple[str, ...] = ()  # special tokens without which the format cannot be written
+    call_style: CallStyle | None = None
+    thinks_always = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         missing = [name for name in self.needed if name not in tokenizer.special_ids]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from openglm.formats.base import CallStyle
 from openglm.formats.calls import dump, function_object, python_call, raw_body, unfenced, write_python
 from openglm.formats.matcher import ReplyText
 from openglm.formats.parser import Reader, Syntax
@@ -34,6 +35,7 @@ class ChatGlm3Format(RoleFormat):
     """ChatFormat "chatglm3"."""
 
     name = "chatglm3"
+    call_style = CallStyle("{name}\n ```python\ntool_call(", ")\n```", "python", text="\n")
     ends = ("</s>", "<|endoftext|>")
 
     def declarations(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[str]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from openglm.formats.base import BaseFormat, Part
+from openglm.formats.base import BaseFormat, CallStyle, Part
 from openglm.formats.calls import dump, function_object, json_calls, loads
 from openglm.formats.parser import THINK, THINK_END, Block, Syntax
 from openglm.tokenizer import Tokenizer
 from openglm.types import Message, ToolSpec
 
-__all__ = ["ChatMlFormat", "hermes_block"]
+__all__ = ["HERMES", "ChatMlFormat", "hermes_block"]
 
 START, END = "<|im_start|>", "<|im_end|>"
 # The wording that the released models were trained on.
@@ -31,6 +31,9 @@ TOOLS_AFTER = (
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
+HERMES = CallStyle(
+    '<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", between="\n", mark="<tool_call>"
+)
 
 
 def hermes_block(names: Collection[str]) -> Block:
@@ -41,6 +44,7 @@ class ChatMlFormat(BaseFormat):
     """ChatFormat "chatml". default_system: system text of a conversation that has none; None: no system turn."""
 
     name = "chatml"
+    call_style = HERMES
     needed = (START, END)
 
     def __init__(self, tokenizer: Tokenizer, *, default_system: str | None = None) -> None:

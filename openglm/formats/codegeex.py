@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from openglm.formats.base import BaseFormat, Part, Rendered
+from openglm.formats.base import BaseFormat, CallStyle, Part, Rendered
 from openglm.formats.calls import builtin_names, dump, function_object, json_calls, loads, raw_body, raw_call
 from openglm.formats.parser import Block, Syntax
 from openglm.formats.roles import ASSISTANT, OBSERVATION, USER, RoleFormat, Turn
@@ -104,6 +104,7 @@ class CodeGeex4Format(RoleFormat):
     """ChatFormat "codegeex4"."""
 
     name = "codegeex4"
+    call_style = CallStyle('```json\n{"name": "{name}", "arguments": ', "}\n```", between="\n", mark="```json")
     opening = "\n"
 
     def render_infill(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from openglm.formats.base import CallStyle
 from openglm.formats.calls import dump, function_object, headed_call, raw_body, raw_call
 from openglm.formats.parser import THINK, THINK_END, Reader, Syntax
 from openglm.formats.roles import ASSISTANT, RoleFormat, Turn
@@ -56,6 +57,7 @@ class Glm4Format(RoleFormat):
     """ChatFormat "glm-4". date: shown to a model that has tools, e.g. "2024-06-05"."""
 
     name = "glm-4"
+    call_style = CallStyle("{name}\n", text="\n")
     introduction = INTRODUCTION
 
     def __init__(self, tokenizer: Tokenizer, *, date: str = "") -> None:
@@ -104,6 +106,7 @@ class GlmZ1Format(Glm0414Format):
     """
 
     name = "glm-z1"
+    thinks_always = True
     opening = f"\n{THINK}\n"
 
     def answer(self, message: Message, tools: Sequence[ToolSpec], last: bool, thinks: bool) -> list[Turn]:

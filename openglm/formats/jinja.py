@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openglm.formats.base import BaseFormat, Part
+from openglm.formats.base import BaseFormat, CallStyle, Part
 from openglm.formats.calls import headed_call, json_calls
-from openglm.formats.chatml import hermes_block
+from openglm.formats.chatml import HERMES, hermes_block
 from openglm.formats.parser import THINK, THINK_END, Reader, Syntax
 from openglm.formats.roles import ASSISTANT, OBSERVATION
 from openglm.formats.template import Template
@@ -49,7 +49,13 @@ class JinjaFormat(BaseFormat):
         end = self._first(END_NAMES) if eos_token is None else eos_token
         self.template = Template(template, self._id, begin, end)
         opened = "".join(p for p in self.template.pieces([QUESTION])[-1:] if isinstance(p, str))
-        self._thinks_always = opened.rstrip().endswith(THINK)
+        self.thinks_always = opened.rstrip().endswith(THINK)
+        if "<tool_call>" in template:
+            self.call_style = HERMES
+        elif OBSERVATION in self._id:
+            self.call_style = CallStyle("{name}\n", text="\n")
+        elif "tools" in template:
+            self.call_style = CallStyle('{"name": "{name}", "arguments": ', "}", mark="{")
         self.stop_ids = self._stops(end)
 
     def _first(self, names: Sequence[str]) -> str:
@@ -124,7 +130,7 @@ class JinjaFormat(BaseFormat):
             next_turn=self._id.get(ASSISTANT) if headed else None,
             blocks=(hermes_block(names),) if names and hermes else (),
             whole=(("{", "[{", *CALL_PREFIXES), _prefixed(json_calls(names))) if generic else None,
-            thinks="always" if self._thinks_always else "maybe" if THINK in text else "never",
+            thinks="always" if self.thinks_always else "maybe" if THINK in text else "never",
             spelled=(THINK, THINK_END, "<tool_call>", "</tool_call>", *(CALL_PREFIXES if generic else ())),
         )
 

@@ -125,7 +125,7 @@ class PlainReader:
 class Answer:
     """Turns the steps of one request into events.
 
-    spell: bytes of a token, where log-probabilities are wanted. max_calls: tool calls beyond them are left out.
+    spell: bytes of a token, where log-probabilities are wanted. max_calls: the answer ends with that many tool calls.
     finished: the last event was given; if `stopped` too, a stop string ended it, and the engine need not go on.
     """
 
@@ -163,6 +163,9 @@ class Answer:
             if self._stop.found:
                 self.finished = self.stopped = True
                 return [*events, Finish("stop", self._which())]
+            if self.n_calls == self._max_calls:
+                self.finished = self.stopped = True
+                return [*events, Finish("tool_calls")]
         if step.finish_reason is not None:
             if rest := self._stop.finish():
                 events.append(self._text(rest))
@@ -177,8 +180,6 @@ class Answer:
             self.n_reasoning_tokens += len(event.token_ids)
             return [Reasoning(event.reasoning)]
         if event.tool_call is not None:
-            if self._max_calls is not None and self.n_calls >= self._max_calls:
-                return []
             index, self.n_calls = self.n_calls, self.n_calls + 1
             opened = CallOpened(index, event.tool_call.id or f"call_{secrets.token_hex(12)}", event.tool_call.name)
             return [opened, CallArguments(index, event.tool_call.arguments)]

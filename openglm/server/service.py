@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from openglm.chat import ChatModel
 from openglm.engine import Engine
+from openglm.engine.grammar import Grammars
+from openglm.formats.base import BaseFormat
 from openglm.server.config import ServeConfig
 from openglm.server.errors import ApiError
 from openglm.server.events import Answer, PlainReader, Reader, TokenSpelling
@@ -251,7 +253,10 @@ def _too_long(what: str, context: int, param: str = "messages") -> ApiError:
 
 
 def load_engine(model: ChatModel, config: ServeConfig) -> ChatModel:
-    """The model with an engine of the server's sizes."""
-    old = model.engine
-    engine = Engine(old.model, old.special_ids, old.vocab_size, config.engine, grammar_state=old.grammar_state)
-    return ChatModel(engine, model._tokenizer, model.chat_format, model.meta)
+    """The model with an engine of the server's sizes, whose grammars know what its chat format reads as text."""
+    old, chat_format = model.engine, model.chat_format
+    grammars = old.grammar_state
+    if model._tokenizer is not None and isinstance(chat_format, BaseFormat):
+        grammars = Grammars(model._tokenizer, chat_format.syntax(()).spelled)
+    engine = Engine(old.model, old.special_ids, old.vocab_size, config.engine, grammar_state=grammars)
+    return ChatModel(engine, model._tokenizer, chat_format, model.meta)

@@ -90,10 +90,6 @@ def describe(service: Service) -> dict[str, Any]:
     model = service.model
     chat_format = model.chat_format
     config = model.engine.config
-    thinks = False
-    if chat_format is not None:
-        syntax = getattr(chat_format, "syntax", None)
-        thinks = syntax is not None and syntax(()).thinks == "always"
     fills = config.mask == "prefix" and "[MASK]" in model.engine.special_ids
     return {
         "id": service.name,
@@ -103,7 +99,8 @@ def describe(service: Service) -> dict[str, Any]:
         "context_length": config.max_seq_len,
         "chat_format": None if chat_format is None else chat_format.name,
         "fills": fills,
-        "thinks": thinks,
+        "thinks": chat_format is not None and chat_format.thinks_always,
+        "tools": chat_format is not None and chat_format.call_style is not None,
         "defaults": dict(model.meta.generation),
     }
 
