@@ -138,15 +138,16 @@ class ChatModel:
 
     def stream_text(self, prompt: str | Sequence[int], **sampling: Any) -> TextStream:
         """`generate` piece by piece: iterate for text, then ask `result()`."""
-        if isinstance(prompt, str):
-            before = self._head() if self.meta.prompt_prefix is None else self.meta.prompt_prefix
-            ids = [*before, *self.tokenizer.encode(prompt), *self.meta.prompt_suffix]
-        else:
-            ids = list(prompt)
-        params = self._params(self._text_stops(), {}, sampling)
+        ids = self.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        params = self._params(self.text_stops(), {}, sampling)
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop_strings are text, and this model has no tokenizer: give stop_ids")
         return TextStream(self, ids, params)
+
+    def text_ids(self, text: str) -> list[int]:
+        """ids of a text to be continued, with what the model was trained with around it."""
+        before = self.text_head() if self.meta.prompt_prefix is None else self.meta.prompt_prefix
+        return [*before, *self.tokenizer.encode(text), *self.meta.prompt_suffix]
 
     def fill(
         self,
@@ -165,7 +166,7 @@ class ChatModel:
         if n_beams > 1 and sampling.get("temperature"):
             raise ValueError("beam search does not draw: give either n_beams or a temperature")
         defaults = {"temperature": 0.0, "max_new_tokens": FILL_MAX_NEW_TOKENS}
-        params = self._params(self._text_stops(), defaults, sampling)
+        params = self._params(self.text_stops(), defaults, sampling)
         ids, joined, shown = self.fill_prompt(text)
         ids, blanks = fill_blanks(
             self.engine, ids, params, n_beams, length_penalty, no_repeat_ngram, min_new_tokens, joined
@@ -309,7 +310,7 @@ class ChatModel:
         """
         if not text:
             raise ValueError("the text is empty: there is nothing to score")
-        ids, head = self.tokenizer.encode(text), self._head()
+        ids, head = self.tokenizer.encode(text), self.text_head()
         result = score(self.engine, ids, head, min(window, self.engine.config.max_seq_len), stride)
         scored = self.tokenizer.decode_bytes(ids[len(ids) - result.n_tokens :])
         return {
@@ -320,10 +321,10 @@ class ChatModel:
 
     # ---------------------------------------------------------------- helpers
 
-    def _head(self) -> list[int]:
+    def text_head(self) -> list[int]:
         return self.meta.text_head(self.engine.special_ids)
 
-    def _text_stops(self) -> tuple[int, ...]:
+    def text_stops(self) -> tuple[int, ...]:
         special = self.engine.special_ids
         ends = [special[name] for name in ("<eop>", "<|endoftext|>") if name in special]
         return tuple(sorted({*self.meta.stop_ids, *ends}))

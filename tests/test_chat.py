@@ -65,7 +65,7 @@ def test_defaults_come_from_the_checkpoint(model: ChatModel) -> None:
     assert (params.temperature, params.max_new_tokens, params.stop_ids) == (0.9, 24, (7,))
     assert model._params([7], {}, {"temperature": 0.1, "seed": None}).temperature == 0.1
     special = model.tokenizer.special_ids
-    assert {special["<eop>"], special["<|endoftext|>"], special["<|user|>"]} <= set(model._text_stops())
+    assert {special["<eop>"], special["<|endoftext|>"], special["<|user|>"]} <= set(model.text_stops())
 
 
 def test_unknown_sampling_options_name_the_nearest(model: ChatModel) -> None:

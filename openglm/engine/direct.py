@@ -119,6 +119,35 @@ class Direct:
             parts.append(logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1))
         return torch.cat(parts)
 
+    @torch.inference_mode()
+    def top_logprobs(self, ids: Sequence[int], k: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+        """`Engine.top_logprobs`."""
+        ids = check_ids(ids, self.config)
+        hidden = self._hidden(ids)[0, :-1]
+        targets = torch.tensor(ids[1:], device=self.device)
+        found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
+        for first in range(0, len(targets), _SCORE_ROWS):
+            rows, wanted = hidden[first : first + _SCORE_ROWS], targets[first : first + _SCORE_ROWS, None]
+            logprobs = self._masked(self.model.logits(rows)).log_softmax(-1)
+            top = logprobs.topk(k, -1)
+            found += [
+                (value, tuple(zip(top_ids, top_values, strict=True)))
+                for value, top_ids, top_values in zip(
+                    logprobs.gather(-1, wanted)[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+                )
+            ]
+        return found
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """`Engine.embed`."""
+        ids = check_ids(ids, self.config)
+        n, special = len(ids), self.special_ids
+        if self.config.mask == "prefix" and "[gMASK]" in special and "<sop>" in special:
+            ids = [*ids, special["[gMASK]"], special["<sop>"]]
+        mean = self._hidden(ids)[0, :n].float().mean(0)
+        return mean / mean.norm().clamp_min(1e-12)
+
     # ---------------------------------------------------------------- passes
 
     def _hidden(self, ids: list[int]) -> Tensor:

@@ -376,3 +376,13 @@ class Engine:
         """(T - start,) float32 log-probabilities (nats) of ids[start:], each given all before it."""
         with self._lock:
             return self._direct.logprobs(ids, start)
+
+    def top_logprobs(self, ids: Sequence[int], k: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+        """For each of ids[1:] its log-probability (nats) given all before it, and the k likeliest (id, value) there."""
+        with self._lock:
+            return self._direct.top_logprobs(ids, k)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """(dim,) float32 of length 1: the mean of the tokens' hidden states. A prefix model reads them both ways."""
+        with self._lock:
+            return self._direct.embed(ids)

@@ -28,13 +28,14 @@ from openglm.server.events import (
 from openglm.server.limits import Lease
 from openglm.server.protocol import ChatRequest, RequestMessage, Sampling, Tool, load_json, parse
 from openglm.server.service import ChatTask, Service
-from openglm.server.sse import EventStream, sse, while_connected
+from openglm.server.sse import DONE, EventStream, sse, while_connected
 from openglm.server.worker import Job, Outlet
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
-__all__ = ["chat_completions", "chat_task", "sampling_of", "stops_of", "timings_of", "to_messages", "usage_of"]
-
-DONE = b"data: [DONE]\n\n"
+__all__ = [
+    "chat_completions", "chat_task", "client_name", "sampling_of", "stops_of", "stream_error", "timings_of",
+    "to_messages", "usage_of",
+]  # fmt: skip
 
 
 async def chat_completions(service: Service, request: Request, body: bytes, lease: Lease) -> Response:
@@ -42,12 +43,12 @@ async def chat_completions(service: Service, request: Request, body: bytes, leas
     service.check_name(asked.model)
     task = chat_task(asked)
     prompt = await asyncio.to_thread(service.chat_prompt, task)
-    outlet, jobs = await service.submit([(prompt, task.n)], _client(lease, asked))
+    outlet, jobs = await service.submit([(prompt, task.n)], client_name(lease, asked.user))
     shape = ChatShape(service.name, task.n_top is not None)
     if asked.stream:
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         chunks = shape.stream(outlet, jobs, include_usage)
-        return EventStream(chunks, _stream_error, service.config.stall_s, lambda: service.cancel(jobs))
+        return EventStream(chunks, stream_error, service.config.stall_s, lambda: service.cancel(jobs))
     try:
         lists = await while_connected(request, outlet.all(len(jobs)))
     finally:
@@ -55,11 +56,12 @@ async def chat_completions(service: Service, request: Request, body: bytes, leas
     return JSONResponse(shape.whole([fold(events) for events in lists], jobs))
 
 
-def _client(lease: Lease, asked: Sampling) -> str:
-    return f"{lease.client}/{asked.user}" if asked.user else lease.client
+def client_name(lease: Lease, user: str | None) -> str:
+    """Whose turn it is in the engine's queue: a caller may speak for many users."""
+    return f"{lease.client}/{user}" if user else lease.client
 
 
-def _stream_error(error: ApiError) -> bytes:
+def stream_error(error: ApiError) -> bytes:
     return sse(error.body()) + DONE
 
 

@@ -13,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal, Protocol
 
 from openglm.engine.request import NO_TOKEN, Step
@@ -99,9 +100,10 @@ class Reader(Protocol):
 
 
 class PlainReader:
-    """Reader of text that is nothing but text."""
+    """Reader of text that is nothing but text. after_space: what it goes on from ends with the space it begins with."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int], after_space: bool = False) -> None:
+        self._after_space = after_space
         self._detokenizer = Detokenizer(tokenizer, continues=True)
         self._stop_ids = frozenset(stop_ids)
         self._waiting: list[int] = []
@@ -118,6 +120,8 @@ class PlainReader:
     def _piece(self, text: str) -> list[Event]:
         if not text:
             return []
+        text = text.removeprefix(" ") if self._after_space else text
+        self._after_space = False
         ids, self._waiting = tuple(self._waiting), []
         return [Event(text, ids)]
 
@@ -141,6 +145,7 @@ class Answer:
         self._waiting: deque[TokenInfo] = deque()  # drawn, but not yet in an event of the reader
         self._pending: list[TokenInfo] = []  # of text that may yet become a stop string
         self._tail = ""  # the end of the text so far, with what came after it
+        self._begun = False  # some text was given
         self.n_calls = 0
         self.n_tokens = 0
         self.n_reasoning_tokens = 0
@@ -190,14 +195,15 @@ class Answer:
 
     def _text(self, text: str) -> Text:
         tokens, self._pending = self._pending, []
+        room = len(text.encode())
         if self._stop.found:  # without the tokens that lie behind the end
-            room = len(text.encode())
-            kept, at = [], 0
-            for token in tokens:
-                if at < room:
-                    kept.append(token)
-                at += len(token.spelled)
-            tokens = kept
+            starts = list(accumulate((len(t.spelled) for t in tokens), initial=0))
+            tokens = [token for token, start in zip(tokens, starts, strict=False) if start < room]
+        if not self._begun:  # nor those in front that belong to the format
+            surplus = sum(len(token.spelled) for token in tokens) - room
+            while tokens and 0 < len(tokens[0].spelled) <= surplus:
+                surplus -= len(tokens.pop(0).spelled)
+        self._begun = True
         return Text(text, tuple(tokens))
 
     def _which(self) -> str | None:
@@ -216,8 +222,9 @@ class TokenSpelling:
         return self._names[id] if id in self._names else self._tokenizer.token_bytes(id)
 
     def info(self, step: Step) -> TokenInfo:
-        top = tuple((self.spell(id), logprob) for id, logprob in step.top_logprobs[: self._n_top])
-        return TokenInfo(self.spell(step.token_id), step.logprob, top)
+        # Rounding may put the logarithm of a probability near 1 above 0.
+        top = tuple((self.spell(id), min(logprob, 0.0)) for id, logprob in step.top_logprobs[: self._n_top])
+        return TokenInfo(self.spell(step.token_id), min(step.logprob, 0.0), top)
 
 
 # -------------------------------------------------------------------- the whole answer

@@ -63,7 +63,7 @@ async def fill(service: Service, request: Request, body: bytes, lease: Lease) ->
 async def _search(service: Service, text: str, n: int, budget: int) -> tuple[list[_Filling], list[int], Blanks]:
     """The best n fillings; other requests get on between the searches of single blanks."""
     model, worker = service.model, service.worker
-    stop_ids = frozenset(model._text_stops())
+    stop_ids = frozenset(model.text_stops())
     ids, joined, shown = model.fill_prompt(text)
     if len(ids) >= model.engine.config.max_seq_len:
         raise ApiError(

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from openglm.server.errors import ApiError
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "FunctionChoice", "Model", "Part", "RequestMessage", "Sampling", "Stop", "Tool",
-    "ToolChoice", "load_json", "parse", "param_of",
+    "ChatRequest", "CompletionRequest", "Count", "FunctionChoice", "Model", "Name", "Part", "RequestMessage",
+    "Sampling", "Stop", "TokenId", "Tool", "ToolChoice", "load_json", "param_of", "parse",
 ]  # fmt: skip
 
 _MAX_DEPTH = 96  # of nested JSON

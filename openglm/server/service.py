@@ -179,14 +179,17 @@ class Service:
         max_calls = None if task.parallel else 1
         return Prompt(ids, params, lambda: chat_format.parser(tools), task.stop, task.n_top, max_calls)
 
-    def text_prompt(self, ids: list[int], sampling: dict[str, Any], stop: tuple[str, ...], n_top: int | None) -> Prompt:
-        """Plain text behind these ids."""
+    def text_prompt(
+        self, ids: list[int], sampling: dict[str, Any], stop: tuple[str, ...], n_top: int | None,
+        stop_ids: Sequence[int] | None = None, reader: Callable[[], Reader] | None = None,
+    ) -> Prompt:  # fmt: skip
+        """Plain text behind these ids. stop_ids, reader: others than a continued text's."""
         model = self.model
         if len(ids) >= model.engine.config.max_seq_len:
             raise _too_long(f"{len(ids)} tokens", model.engine.config.max_seq_len, "prompt")
-        stop_ids = model._text_stops()
-        params = self.params(len(ids), stop_ids, sampling, n_top)
-        return Prompt(ids, params, lambda: PlainReader(model.tokenizer, stop_ids), stop, n_top)
+        stops = model.text_stops() if stop_ids is None else tuple(stop_ids)
+        params = self.params(len(ids), stops, sampling, n_top)
+        return Prompt(ids, params, reader or (lambda: PlainReader(model.tokenizer, stops)), stop, n_top)
 
     def params(
         self, n_prompt: int, stop_ids: Sequence[int], sampling: dict[str, Any], n_top: int | None

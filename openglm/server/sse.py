@@ -18,12 +18,13 @@ from starlette.types import Receive, Scope, Send
 
 from openglm.server.errors import OUR_FAULT, ApiError
 
-__all__ = ["ClientGone", "EventStream", "encode", "sse", "while_connected"]
+__all__ = ["DONE", "ClientGone", "EventStream", "encode", "sse", "while_connected"]
 
 log = logging.getLogger("openglm.server")
 T = TypeVar("T")
 _PING_S = 15.0  # silence after which a comment tells proxies and clients that the stream is alive
 _PING = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"  # OpenAI's last event
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 

@@ -90,7 +90,7 @@ def describe(service: Service) -> dict[str, Any]:
     model = service.model
     chat_format = model.chat_format
     config = model.engine.config
-    fills = config.mask == "prefix" and "[MASK]" in model.engine.special_ids
+    fills = config.mask == "prefix" and "[MASK]" in model.engine.special_ids and "<sop>" in model.engine.special_ids
     return {
         "id": service.name,
         "object": "model",

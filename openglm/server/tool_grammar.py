@@ -22,7 +22,7 @@ from openglm.types import Grammar, ToolSpec
 
 __all__ = ["call_grammar"]
 
-_THOUGHT = f'thought ::= ([^<] | "<" [^/<])* {literal(THINK_END)} "\\n"{{0,2}}'
+_THOUGHT = f'thought ::= ([^<] | "<" [^/<])* {literal(THINK_END)} "\\n"*'
 _ANY = "any ::= [^\\x00]*"
 
 
@@ -54,6 +54,8 @@ def call_grammar(
         root = f"(response | call ({literal(style.between or '')} call)*)" if several else "(response | call)"
     else:
         root = _free(style, several)
+        if style.text and chat_format.thinks_always:  # there the beginnings of text and call look alike
+            root = f"({_no_header([style.before.replace('{name}', t.name) for t in tools])} | call)"
     return _assembled(chat_format, root, rules, style)
 
 
@@ -67,18 +69,19 @@ def _text_grammar(chat_format: ChatFormat, tools: Sequence[ToolSpec], response: 
         calls = [_call(style, tool, i, rules, False) for i, tool in enumerate(tools)]
         root = f"({_response_root(response, rules)} | {' | '.join(calls)})"
         return _assembled(chat_format, root, rules, style)
+    root = _response_root(response, rules)
     if not chat_format.thinks_always:
         return response
-    root = _response_root(response, rules)
     return _assembled(chat_format, root, rules, None)
 
 
 def _response_root(response: Grammar, rules: dict[str, str]) -> str:
     assert response.kind == "json_schema"
+    where = "response_format.json_schema.schema"
     try:
-        return schema_rules(json.loads(response.text), rules)
+        return schema_rules(json.loads(response.text), rules, where=where)
     except ValueError as error:
-        raise ApiError(str(error), "response_format.json_schema.schema") from None
+        raise ApiError(str(error), where) from None
 
 
 def _assembled(chat_format: ChatFormat, root: str, rules: dict[str, str], style: CallStyle | None) -> Grammar:
@@ -133,5 +136,16 @@ def _free(style: CallStyle, several: bool) -> str:
     return f"{free} (call {free})*" if several else f"{free} (call)?"
 
 
+def _no_header(headers: Sequence[str]) -> str:
+    """A text that begins with none of these and with no line break."""
+    begun = {header[:i] for header in headers for i in range(len(header))}
+    branches = []
+    for start in sorted(begun):
+        following = {h[len(start)] for h in headers if h.startswith(start) and len(h) > len(start)}
+        following |= set() if start else {"\n"}
+        branches.append(f"{literal(start)} ([^{_escaped(following)}\\x00] any)?")
+    return f"({' | '.join(branches)})"
+
+
 def _escaped(characters: set[str]) -> str:
-    return "".join(f"\\{c}" if c in "]\\^-" else c for c in sorted(characters))
+    return "".join("\\n" if c == "\n" else f"\\{c}" if c in "]\\^-" else c for c in sorted(characters))
