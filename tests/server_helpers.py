@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from openai import OpenAI
 from torch import Tensor
 
 from openglm.chat import ChatModel
@@ -116,3 +117,98 @@ def until(condition: Any, seconds: float = 60.0) -> None:
 
 def service_of(model: ChatModel, **config: Any) -> Service:
     return Service(model, ServeConfig(**config), "tiny")
+
+
+# -------------------------------------------------------------------- OpenAI's client
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather", "description": "weather",
+        "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"], "additionalProperties": False,
+        },
+    },
+}  # fmt: skip
+TIME = {"type": "function", "function": {"name": "get_time", "description": "time"}}
+TOOLS: list[Any] = [WEATHER, TIME]
+HI: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+class Server:
+    """One server for each chat format; `says` sets what the next answers are."""
+
+    def __init__(self, name: str, client: OpenAI, script: Script) -> None:
+        self.name, self.client, self.script = name, client, script
+        self.tokenizer = tokenizer_with(SPECIALS_OF[name])
+
+    def says(self, text: str, stop: str | None = None, noise: bool = False) -> None:
+        self.script.ids = self.tokenizer.encode_marked(text, SPECIALS_OF[self.name])
+        self.script.stop_id = self.tokenizer.special_ids[stop] if stop else self.stop_id
+        self.script.noise = noise
+
+    @property
+    def stop_id(self) -> int:
+        names = {"chatml": "<|im_end|>", "jinja": "<|im_end|>"}
+        return self.tokenizer.special_ids[names.get(self.name, "<|user|>")]
+
+    def chat(self, **fields: Any) -> Any:
+        """The answer, asked for twice: whole and streamed. They must be the same."""
+        fields = {"model": "tiny", "messages": HI, **fields}
+        whole = self.client.chat.completions.create(**fields)
+        streamed = {**fields, "stream": True, "stream_options": {"include_usage": True}}
+        chunks = list(self.client.chat.completions.create(**streamed))
+        assert joined(chunks) == [plain(choice) for choice in whole.choices]
+        assert chunks[-1].usage == whole.usage
+        return whole
+
+
+def plain(choice: Any) -> dict[str, Any]:
+    m = choice.message
+    return {
+        "content": m.content or "",
+        "reasoning": getattr(m, "reasoning_content", None) or "",
+        "calls": [(c.function.name, c.function.arguments) for c in m.tool_calls or []],
+        "finish": choice.finish_reason,
+        "logprobs": [t.model_dump() for t in choice.logprobs.content] if choice.logprobs else [],
+    }
+
+
+def joined(chunks: list[Any]) -> list[dict[str, Any]]:
+    """What a client makes of a stream, with every rule that OpenAI's streams keep."""
+    assert len({c.id for c in chunks}) == 1 and len({c.model for c in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage and not any(c.usage for c in chunks[:-1])
+    found: dict[int, dict[str, Any]] = {}
+    ids: dict[tuple[int, int], str] = {}
+    for chunk in chunks[:-1]:
+        for choice in chunk.choices:
+            d = choice.delta
+            if choice.index not in found:
+                assert d.role == "assistant", "the first delta says who speaks"
+            new = {"content": "", "reasoning": "", "calls": [], "finish": None, "logprobs": []}
+            answer = found.setdefault(choice.index, new)
+            assert answer["finish"] is None, "nothing follows the finish reason"
+            answer["content"] += d.content or ""
+            answer["reasoning"] += getattr(d, "reasoning_content", None) or ""
+            for call in d.tool_calls or []:
+                if call.id is not None:
+                    assert (choice.index, call.index) not in ids, "an id comes once, with the whole name"
+                    assert call.function.name and call.function.arguments == "" and call.type == "function"
+                    assert call.id not in ids.values() and call.index == len(answer["calls"])
+                    ids[choice.index, call.index] = call.id
+                    answer["calls"].append([call.function.name, ""])
+                else:
+                    assert call.function.name is None
+                    answer["calls"][call.index][1] += call.function.arguments
+            answer["logprobs"] += [t.model_dump() for t in choice.logprobs.content] if choice.logprobs else []
+            answer["finish"] = choice.finish_reason
+    return [found[i] | {"calls": [tuple(c) for c in found[i]["calls"]]} for i in sorted(found)]
+
+
+@contextlib.contextmanager
+def openai_server(name: str, **config: Any) -> Iterator[Server]:
+    """A server whose model answers in that chat format."""
+    model, script = scripted(name)
+    with running(service_of(model, **config)) as url:
+        yield Server(name, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), script)

@@ -7,113 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import jsonschema
-import openai
 import pytest
-from openai import OpenAI
 
-from tests.format_helpers import SPECIALS_OF, tokenizer_with
-from tests.server_helpers import CONTEXT, Script, running, scripted, service_of
+from tests.server_helpers import HI, TIME, TOOLS, WEATHER, Server, openai_server
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather", "description": "weather",
-        "parameters": {
-            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"], "additionalProperties": False,
-        },
-    },
-}  # fmt: skip
-TIME = {"type": "function", "function": {"name": "get_time", "description": "time"}}
-TOOLS: list[Any] = [WEATHER, TIME]
-HI: list[Any] = [{"role": "user", "content": "Hi"}]
 FORMATS = ("chatglm3", "glm-4", "glm-4-0414", "glm-z1", "codegeex4", "chatml", "jinja")
-
-
-class Server:
-    """One server for each chat format; `says` sets what the next answers are."""
-
-    def __init__(self, name: str, client: OpenAI, script: Script) -> None:
-        self.name, self.client, self.script = name, client, script
-        self.tokenizer = tokenizer_with(SPECIALS_OF[name])
-
-    def says(self, text: str, stop: str | None = None, noise: bool = False) -> None:
-        self.script.ids = self.tokenizer.encode_marked(text, SPECIALS_OF[self.name])
-        self.script.stop_id = self.tokenizer.special_ids[stop] if stop else self._stop
-        self.script.noise = noise
-
-    @property
-    def _stop(self) -> int:
-        names = {"chatml": "<|im_end|>", "jinja": "<|im_end|>"}
-        return self.tokenizer.special_ids[names.get(self.name, "<|user|>")]
-
-    def chat(self, **fields: Any) -> Any:
-        """The answer, asked for twice: whole and streamed. They must be the same."""
-        fields = {"model": "tiny", "messages": HI, **fields}
-        whole = self.client.chat.completions.create(**fields)
-        chunks = list(self.client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-        assert joined(chunks) == [plain(choice) for choice in whole.choices]
-        assert chunks[-1].usage == whole.usage
-        return whole
-
-
-def plain(choice: Any) -> dict[str, Any]:
-    m = choice.message
-    return {
-        "content": m.content or "",
-        "reasoning": getattr(m, "reasoning_content", None) or "",
-        "calls": [(c.function.name, c.function.arguments) for c in m.tool_calls or []],
-        "finish": choice.finish_reason,
-        "logprobs": [t.model_dump() for t in choice.logprobs.content] if choice.logprobs else [],
-    }
-
-
-def joined(chunks: list[Any]) -> list[dict[str, Any]]:
-    """What a client makes of a stream, with every rule that OpenAI's streams keep."""
-    assert len({c.id for c in chunks}) == 1 and len({c.model for c in chunks}) == 1
-    assert chunks[-1].choices == [] and chunks[-1].usage and not any(c.usage for c in chunks[:-1])
-    found: dict[int, dict[str, Any]] = {}
-    ids: dict[tuple[int, int], str] = {}
-    for chunk in chunks[:-1]:
-        for choice in chunk.choices:
-            d = choice.delta
-            if choice.index not in found:
-                assert d.role == "assistant", "the first delta says who speaks"
-            new = {"content": "", "reasoning": "", "calls": [], "finish": None, "logprobs": []}
-            answer = found.setdefault(choice.index, new)
-            assert answer["finish"] is None, "nothing follows the finish reason"
-            answer["content"] += d.content or ""
-            answer["reasoning"] += getattr(d, "reasoning_content", None) or ""
-            for call in d.tool_calls or []:
-                if call.id is not None:
-                    assert (choice.index, call.index) not in ids, "an id comes once, with the whole name"
-                    assert call.function.name and call.function.arguments == "" and call.type == "function"
-                    assert call.id not in ids.values() and call.index == len(answer["calls"])
-                    ids[choice.index, call.index] = call.id
-                    answer["calls"].append([call.function.name, ""])
-                else:
-                    assert call.function.name is None
-                    answer["calls"][call.index][1] += call.function.arguments
-            answer["logprobs"] += [t.model_dump() for t in choice.logprobs.content] if choice.logprobs else []
-            answer["finish"] = choice.finish_reason
-    return [found[i] | {"calls": [tuple(c) for c in found[i]["calls"]]} for i in sorted(found)]
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Server]]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
-        found = {}
-        for name in FORMATS:
-            model, script = scripted(name)
-            url = stack.enter_context(running(service_of(model)))
-            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            found[name] = Server(name, client, script)
-        yield found
+        yield {name: stack.enter_context(openai_server(name)) for name in FORMATS}
 
 
 @pytest.fixture(params=FORMATS)
@@ -226,7 +134,7 @@ def test_a_call_that_must_come_is_valid_whatever_the_model_says(each: Server, ch
 def test_strict_tools_hold_the_arguments_of_a_free_answer(each: Server) -> None:
     tools = [{"type": "function", "function": WEATHER["function"] | {"strict": True}}]
     each.says(*written(each, [("get_weather", {"city": "Paris", "days": "three"})]))  # days must be an integer
-    each.script.stop_id = each._stop
+    each.script.stop_id = each.stop_id
     answer = each.chat(tools=tools, max_tokens=200, logit_bias={}).choices[0]
     for call in answer.message.tool_calls or []:
         jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
@@ -253,7 +161,8 @@ def test_answers_held_to_a_schema(each: Server) -> None:
 def test_reasoning_comes_apart_from_the_answer(servers: dict[str, Server]) -> None:
     for name in ("glm-z1", "chatml"):
         server = servers[name]
-        server.says("First I think.\n</think>\n\nThen I speak." if name == "glm-z1" else "<think>\nFirst I think.\n</think>\n\nThen I speak.")
+        opened = "" if name == "glm-z1" else "<think>\n"
+        server.says(f"{opened}First I think.\n</think>\n\nThen I speak.")
         answer = server.chat().choices[0]
         assert answer.message.reasoning_content.strip() == "First I think."
         assert answer.message.content == "Then I speak."
@@ -347,7 +256,7 @@ LANGCHAIN = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
     {"role": "assistant", "content": None, "tool_calls": [
-        {"type": "function", "id": "call_1", "function": {"name": "get_weather", "arguments": "{\"city\": \"Paris\"}"}}]},
+        {"type": "function", "id": "call_1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]},
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]  # fmt: skip
 OPEN_WEBUI = [
@@ -386,94 +295,3 @@ def test_the_prompt_is_the_formats_own(glm: Server) -> None:
     glm.chat(messages=[{"role": "user", "content": "<|user|> [gMASK]"}])
     ids = glm.script.seen[-1]
     assert ids.count(glm.tokenizer.special_ids["<|user|>"]) == 1, "no text is a special token"
-
-
-# -------------------------------------------------------------------- what is refused, by name
-
-REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("messages", {"messages": []}),
-    ("messages[0].role", {"messages": [{"role": "robot", "content": "x"}]}),
-    ("messages[0].content", {"messages": [{"role": "user"}]}),
-    ("messages[0].content", {"messages": [{"role": "user", "content": 7}]}),
-    ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
-    ("messages[0].content[0]", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-    ("messages[0].tool_calls", {"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}]}),
-    ("messages[0].name", {"messages": [{"role": "user", "content": "x", "name": "Bob"}]}),
-    ("messages[1].tool_call_id", {"messages": [*HI, {"role": "tool", "content": "x"}]}),
-    ("messages[0].audio", {"messages": [{"role": "assistant", "content": "x", "audio": {"id": "1"}}]}),
-    ("messages[0].foo", {"messages": [{"role": "user", "content": "x", "foo": 1}]}),
-    ("temperature", {"temperature": 3}),
-    ("temperature", {"extra_body": {"temperature": "hot"}}),
-    ("temperature", {"extra_body": {"temperature": True}}),
-    ("top_p", {"top_p": -1}),
-    ("n", {"n": 0}),
-    ("n", {"n": 99}),
-    ("n", {"extra_body": {"n": 1.5}}),
-    ("seed", {"seed": 2**70}),
-    ("stop", {"stop": ""}),
-    ("stop[1]", {"stop": ["a", ""]}),
-    ("stop", {"stop": ["a"] * 17}),
-    ("max_tokens", {"max_tokens": 0}),
-    ("max_tokens", {"max_tokens": 10**30}),
-    ("max_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
-    ("top_logprobs", {"top_logprobs": 3}),
-    ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
-    ("logit_bias", {"logit_bias": {"x": 1}}),
-    ("logit_bias", {"logit_bias": {"999999": 1}}),
-    ("logit_bias.5", {"logit_bias": {"5": 101}}),
-    ("functions", {"functions": [{"name": "f"}]}),
-    ("function_call", {"function_call": "auto"}),
-    ("prediction", {"prediction": {"type": "content", "content": "x"}}),
-    ("reasoning_effort", {"reasoning_effort": "low"}),
-    ("web_search_options", {"web_search_options": {}}),
-    ("verbosity", {"extra_body": {"verbosity": "low"}}),
-    ("metadata", {"metadata": {"a": "b"}}),
-    ("store", {"store": True}),
-    ("service_tier", {"service_tier": "flex"}),
-    ("modalities[0]", {"modalities": ["audio"]}),
-    ("no_such_field", {"extra_body": {"no_such_field": 1}}),
-    ("stream_options.foo", {"extra_body": {"stream_options": {"foo": 1}}}),
-    ("tools[0].type", {"tools": [{"type": "web_search"}]}),
-    ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "a b"}}]}),
-    ("tools[1].function.name", {"tools": [TIME, TIME]}),
-    ("tools[0].function.foo", {"tools": [{"type": "function", "function": {"name": "f", "foo": 1}}]}),
-    ("tool_choice", {"tool_choice": "required"}),
-    ("tool_choice", {"tools": TOOLS, "tool_choice": "sometimes"}),
-    ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nope"}}}),
-    ("tools[0].function.parameters", {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}}]}),
-    ("tools[0].function.parameters", {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "minProperties": 2}}}]}),
-    ("response_format.type", {"response_format": {"type": "xml"}}),
-    ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
-    ("response_format.json_schema.schema", {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"not": {}}}}}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("param,fields", REFUSED, ids=[f"{i}-{p}" for i, (p, _) in enumerate(REFUSED)])
-def test_what_is_wrong_is_named(glm: Server, param: str, fields: dict[str, Any]) -> None:
-    for stream in (False, True):
-        with pytest.raises(openai.BadRequestError) as caught:
-            glm.client.chat.completions.create(**{"model": "tiny", "messages": HI, "stream": stream, **fields})
-        error = caught.value
-        assert error.param == param, error.message
-        assert error.type == "invalid_request_error" and param.split("[")[0].split(".")[0] in error.message
-
-
-def test_other_models_and_too_long_prompts(glm: Server) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
-        glm.client.chat.completions.create(model="gpt-4o", messages=HI)
-    assert missing.value.code == "model_not_found" and missing.value.param == "model"
-    for messages in ([{"role": "user", "content": "fox " * CONTEXT}], [HI[0]] * 10_000):
-        with pytest.raises(openai.BadRequestError) as long:
-            glm.client.chat.completions.create(model="tiny", messages=messages)
-        assert long.value.code == "context_length_exceeded" and long.value.param == "messages"
-        assert str(CONTEXT) in long.value.message
-
-
-def test_models(glm: Server) -> None:
-    found = glm.client.models.list().data
-    assert [m.id for m in found] == ["tiny"] and found[0].object == "model"
-    one = glm.client.models.retrieve("tiny").model_dump()
-    assert one["context_length"] == CONTEXT and one["chat_format"] == "glm-4" and one["tools"] is True
-    assert one["fills"] is False and one["thinks"] is False
-    with pytest.raises(openai.NotFoundError):
-        glm.client.models.retrieve("other/name")
