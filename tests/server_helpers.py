@@ -46,7 +46,7 @@ class Script:
     """
 
     def __init__(self, ids: Sequence[int], stop_id: int) -> None:
-        self.config, self.page_size, self.n_pages, self.kv_bytes = CONFIG, 16, OPTIONS.pool_tokens // 16, 0  # type: ignore[operator]
+        self.config, self.page_size, self.n_pages, self.kv_bytes = CONFIG, 16, 8 * CONTEXT // 16, 0
         self.ids, self.stop_id = list(ids), stop_id
         self.noise, self.delay_s = False, 0.0
         self.seen: list[list[int]] = []  # prompts
@@ -186,7 +186,7 @@ def joined(chunks: list[Any]) -> list[dict[str, Any]]:
             d = choice.delta
             if choice.index not in found:
                 assert d.role == "assistant", "the first delta says who speaks"
-            new = {"content": "", "reasoning": "", "calls": [], "finish": None, "logprobs": []}
+            new: dict[str, Any] = {"content": "", "reasoning": "", "calls": [], "finish": None, "logprobs": []}
             answer = found.setdefault(choice.index, new)
             assert answer["finish"] is None, "nothing follows the finish reason"
             answer["content"] += d.content or ""

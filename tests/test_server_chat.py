@@ -137,7 +137,7 @@ def test_strict_tools_hold_the_arguments_of_a_free_answer(each: Server) -> None:
     each.script.stop_id = each.stop_id
     answer = each.chat(tools=tools, max_tokens=200, logit_bias={}).choices[0]
     for call in answer.message.tool_calls or []:
-        jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+        jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
     lead = "Hm.\n</think>\n\n" if each.name == "glm-z1" else "\n" if each.name not in ("chatml", "jinja") else ""
     each.says(f"{lead}Just text.")
     assert each.chat(tools=tools).choices[0].message.content.strip() == "Just text."
@@ -252,20 +252,20 @@ def test_usage_and_timings(glm: Server) -> None:
 
 # -------------------------------------------------------------------- messages, as clients send them
 
-LANGCHAIN = [
+LANGCHAIN: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
     {"role": "assistant", "content": None, "tool_calls": [
         {"type": "function", "id": "call_1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]},
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]  # fmt: skip
-OPEN_WEBUI = [
+OPEN_WEBUI: list[dict[str, Any]] = [
     {"role": "system", "content": "User Context:\n"},
     {"role": "user", "content": "Hi\n"},
     {"role": "assistant", "content": "Hello!", "reasoning_content": None},
     {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]},
 ]
-AS_ANSWERED = [
+AS_ANSWERED: list[dict[str, Any]] = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": None, "function_call": None,
      "tool_calls": [{"id": "c", "type": "function", "index": 0, "function": {"name": "get_time", "arguments": "{}"}}]},

@@ -104,7 +104,8 @@ def test_other_models_and_too_long_prompts(glm: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         glm.client.chat.completions.create(model="gpt-4o", messages=HI)
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
-    for messages in ([{"role": "user", "content": "fox " * CONTEXT}], [HI[0]] * 10_000):
+    histories: list[list[Any]] = [[{"role": "user", "content": "fox " * CONTEXT}], [HI[0]] * 10_000]
+    for messages in histories:
         with pytest.raises(openai.BadRequestError) as long:
             glm.client.chat.completions.create(model="tiny", messages=messages)
         assert long.value.code == "context_length_exceeded" and long.value.param == "messages"

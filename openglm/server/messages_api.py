@@ -260,11 +260,11 @@ class Shape:
                 case Text():
                     yield from self._grow("text", {"type": "text", "text": ""}, "text_delta", event.text)
                 case Reasoning():
-                    block = {"type": "thinking", "thinking": "", "signature": ""}
-                    yield from self._grow("thinking", block, "thinking_delta", event.text)
+                    thought = {"type": "thinking", "thinking": "", "signature": ""}
+                    yield from self._grow("thinking", thought, "thinking_delta", event.text)
                 case CallOpened():
-                    block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-                    yield from self._open(f"call{event.index}", block)
+                    call: dict[str, Any] = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                    yield from self._open(f"call{event.index}", call)
                 case CallArguments():
                     yield self._delta({"type": "input_json_delta", "partial_json": event.text})
                 case Observation():
