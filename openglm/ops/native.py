@@ -9,7 +9,9 @@ a slower twin on PyTorch's operators, which is used where the library is not the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -234,9 +236,37 @@ def _empty(kind: int, rows: int, columns: int, group: int, has_minimum: bool) ->
     group = group if group != columns else -(-columns // 32) * 32
     n_blocks = -(-rows // lanes)
     n_bytes = {INT4: 16, INT6: 24, INT8: 32}[kind] * lanes * n_blocks * -(-columns // 32)
-    data = torch.empty(n_bytes, dtype=torch.uint8)
-    scale, minimum = (torch.empty(n_blocks, n_groups, lanes, dtype=torch.float16) for _ in range(2))
-    return PackedMatrix(kind, rows, columns, group, data, scale, minimum if has_minimum else None)
+    shape, n_scales = (n_blocks, n_groups, lanes), n_blocks * n_groups * lanes
+    data = _memory(n_bytes)
+    scale = _memory(2 * n_scales).view(torch.float16).view(shape)
+    minimum = _memory(2 * n_scales).view(torch.float16).view(shape) if has_minimum else None
+    return PackedMatrix(kind, rows, columns, group, data, scale, minimum)
+
+
+class _Arena:
+    """Where packed matrices lie: large mappings, filled one after another, on huge pages where the system gives them.
+    A pass reads all weights once; on pages of 4 KiB it would look up most of them anew every time."""
+
+    def __init__(self) -> None:
+        self.memory: mmap.mmap | None = None
+        self.used = self.size = 0
+
+    def take(self, n_bytes: int) -> Tensor:
+        if self.memory is None or self.used + n_bytes > self.size:
+            self.size, self.used = max(64 << 20, -(-n_bytes // (2 << 20)) * (2 << 20)), 0
+            self.memory = mmap.mmap(-1, self.size)
+            with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel without them
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+        taken = torch.frombuffer(self.memory, dtype=torch.uint8, count=n_bytes, offset=self.used)
+        self.used += -(-n_bytes // 64) * 64
+        return taken
+
+
+_ARENA = _Arena()
+
+
+def _memory(n_bytes: int) -> Tensor:
+    return _ARENA.take(n_bytes)
 
 
 @dataclass(frozen=True)

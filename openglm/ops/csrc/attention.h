@@ -52,32 +52,48 @@ void store_kv(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t hea
   }
 }
 
-// f(row, N) for N rows at a time, then for what is left of them in halves.
-template <int N, class Work> void in_groups(int64_t rows, const Work &f, int64_t first = 0) {
+// f(row, N) for N rows at a time, then once for those left.
+template <int N, class Work> void the_rest(int64_t rows, int64_t first, const Work &f) {
+  if (rows - first == N) f(first, std::integral_constant<int, N>());
+  else if constexpr (N > 1) the_rest<N - 1>(rows, first, f);
+}
+template <int N, class Work> void in_groups(int64_t rows, const Work &f) {
+  int64_t first = 0;
   for (; first + N <= rows; first += N) f(first, std::integral_constant<int, N>());
-  if constexpr (N > 1) in_groups<N / 2>(rows, f, first);
+  if constexpr (N > 1) the_rest<N - 1>(rows, first, f);
 }
 
-// Scores of NQ query rows with 16 keys, side by side in memory.
-template <class S, class L, int NQ>
-void score_16(const float *q, int64_t head_dim, const typename L::T *keys, const float *key_scales, float *scores) {
+// Scores of NQ query rows with G times 16 keys, each 16 side by side in memory: sums enough to keep the CPU busy.
+template <class S, class L, int NQ, int G>
+void score(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *const *key_scales,
+           float *scores) {
   const int V = 16 / S::lanes;
-  typename S::F acc[NQ][V];
+  typename S::F acc[NQ][G * V];
   for (int i = 0; i < NQ; i++)
-    for (int v = 0; v < V; v++) acc[i][v] = S::zero();
+    for (int v = 0; v < G * V; v++) acc[i][v] = S::zero();
   for (int64_t d = 0; d < head_dim; d++) {
-    typename S::F k[V];
-    for (int v = 0; v < V; v++) k[v] = L::vector(keys + d * 16 + v * S::lanes);
+    typename S::F k[G * V];
+    for (int v = 0; v < G * V; v++) k[v] = L::vector(keys[v / V] + d * 16 + v % V * S::lanes);
     for (int i = 0; i < NQ; i++) {
       typename S::F x = S::set(q[i * head_dim + d]);
-      for (int v = 0; v < V; v++) acc[i][v] = S::fma(x, k[v], acc[i][v]);
+      for (int v = 0; v < G * V; v++) acc[i][v] = S::fma(x, k[v], acc[i][v]);
     }
   }
   for (int i = 0; i < NQ; i++)
-    for (int v = 0; v < V; v++) {
-      if (key_scales) acc[i][v] = S::mul(acc[i][v], S::load(key_scales + v * S::lanes));
+    for (int v = 0; v < G * V; v++) {
+      if (key_scales[0]) acc[i][v] = S::mul(acc[i][v], S::load(key_scales[v / V] + v % V * S::lanes));
       S::store(scores + i * KEYS + v * S::lanes, acc[i][v]);
     }
+}
+
+// The same for `n` times 16 keys, 1 to 4.
+template <class S, class L, int NQ>
+void scores_of(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *const *key_scales,
+               int64_t n, float *scores) {
+  const int most = S::registers / 2 / (NQ * (16 / S::lanes)), G = most >= 4 ? 4 : most >= 2 ? 2 : 1;
+  int64_t at = 0;
+  for (; at + G <= n; at += G) score<S, L, NQ, G>(q, head_dim, keys + at, key_scales + at, scores + 16 * at);
+  for (; at < n; at++) score<S, L, NQ, 1>(q, head_dim, keys + at, key_scales + at, scores + 16 * at);
 }
 
 // out += weights * values for NQ rows and `n` tokens of one page.
@@ -172,13 +188,16 @@ void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t row
   sums.clear(rows, hd);
   for (int64_t b = first; b < last; b += KEYS) {
     int64_t n = last - b < KEYS ? last - b : KEYS;
+    const typename L::T *keys_at[KEYS / 16];
+    const float *scales_at[KEYS / 16];
     for (int64_t s = 0; s < n; s += 16) {
       int64_t row = row_of(b + s);
-      const float *scales = pool->kind == OG_INT8 ? pool->key_scales + row : nullptr;
-      in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
-        score_16<S, L, n_rows>(q + r * hd, hd, keys + row * hd, scales, scores + r * KEYS + s);
-      });
+      keys_at[s / 16] = keys + row * hd;
+      scales_at[s / 16] = pool->kind == OG_INT8 ? pool->key_scales + row : nullptr;
     }
+    in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
+      scores_of<S, L, n_rows>(q + r * hd, hd, keys_at, scales_at, round_up(n, 16) / 16, scores + r * KEYS);
+    });
     for (int64_t r = 0; r < rows; r++) {
       int64_t count = limits[r] - b < n ? limits[r] - b : n;
       float *mine = scores + r * KEYS;

@@ -75,7 +75,7 @@ struct Avx2Floats {
 };
 
 struct Avx2 : Avx2Floats {
-  static constexpr int tokens = 4, at_once = 4, panel_rows = 0;
+  static constexpr int tokens = 4, at_once = 4, panel_rows = 0, registers = 16;
   // Products of two neighbours are added in 16 bits: eight times 2 * 15 * 127 fit, and twice 2 * 63 * 127.
   typedef __m256i Dot4;
   static Dot4 dot4_start(I) { return izero(); }
@@ -96,7 +96,7 @@ struct Avx2 : Avx2Floats {
 
 #ifdef __AVXVNNI__
 struct Avx2Vnni : Avx2Floats {
-  static constexpr int tokens = 4, at_once = 4, panel_rows = 1;
+  static constexpr int tokens = 4, at_once = 4, panel_rows = 1, registers = 16;
   typedef __m256i Dot4;
   static Dot4 dot4_start(I init) { return init; }
   static Dot4 dot4(Dot4 c, B w, B a) { return _mm256_dpbusd_avx_epi32(c, w, a); }

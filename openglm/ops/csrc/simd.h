@@ -58,7 +58,7 @@ inline uint16_t float_to_bf16(float f) {
 // ---------------------------------------------------------------- plain C++, any number of lanes
 
 template <int N> struct Plain {
-  static constexpr int lanes = N, tokens = 4, at_once = 4, panel_rows = 0;
+  static constexpr int lanes = N, tokens = 4, at_once = 4, panel_rows = 0, registers = 16;
   struct F { float v[N]; };
   struct I { int32_t v[N]; };
   struct B { uint8_t v[4 * N]; };
