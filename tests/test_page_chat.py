@@ -201,9 +201,7 @@ def shape(conversation: dict[str, object]) -> list[object]:
     messages = conversation["messages"]
     assert isinstance(messages, list)
     kept, in_parts = ("role", "content", "files", "finish"), ("type", "text", "name", "content")
-    return [
-        [m.get(k) for k in kept] + [{k: p.get(k) for k in in_parts} for p in m.get("parts", [])] for m in messages
-    ]
+    return [[m.get(k) for k in kept] + [{k: p.get(k) for k in in_parts} for p in m.get("parts", [])] for m in messages]
 
 
 GOOD = {"id": "a", "parent": None, "role": "user", "content": "x"}

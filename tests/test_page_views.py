@@ -275,7 +275,7 @@ def test_colours_are_readable_in_both_themes(desk: Desk) -> None:
         *((f"c-{name}", "code") for name in ("keyword", "string", "number", "comment", "name")),
     ]  # fmt: skip
     for theme in ("light", "dark"):
-        desk.page.emulate_media(color_scheme=theme) 
+        desk.page.emulate_media(color_scheme=theme)
         names = sorted({name for pair in pairs for name in pair})
         script = "(names) => names.map((n) => getComputedStyle(document.documentElement).getPropertyValue('--' + n))"
         values = desk.page.evaluate(script, names)

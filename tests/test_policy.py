@@ -148,7 +148,8 @@ def test_dependencies_are_what_the_package_imports() -> None:
 
     needed = names_of(project["dependencies"])
     extras = project["optional-dependencies"]
-    extra = names_of([r for group in ("chat", "data", "tensorboard", "grammar", "agent", "serve") for r in extras[group]])
+    groups = ("chat", "data", "tensorboard", "grammar", "agent", "serve")
+    extra = names_of([r for group in groups for r in extras[group]])
     imported = set()
     for path in files(("openglm",), {".py"}):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
