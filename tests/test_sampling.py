@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from openglm.ops import native
 from openglm.ops.sampling import largest, log_normaliser, pick, splitmix64, uniform
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -96,8 +97,13 @@ def test_greedy_and_extreme_temperatures() -> None:
     assert len({pick(row, 1e30, 0, 1.0, 0.0, u) for u in numbers(300)}) == 99
 
 
+@pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("scale,shift", [(1.0, 0.0), (5.0, 40.0), (30.0, -1000.0), (0.01, 0.0)])
-def test_the_normaliser_equals_float64(scale: float, shift: float) -> None:
+def test_the_normaliser_equals_float64(
+    scale: float, shift: float, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(native, "library", lambda: None)
     row = torch.randn(70_000, generator=torch.Generator().manual_seed(2)) * scale + shift
     row[:100] = float("-inf")
     expected = float(row.double().logsumexp(-1))

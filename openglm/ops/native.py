@@ -28,7 +28,7 @@ from openglm.ops.quant import QuantTensor
 __all__ = [
     "Batch", "ChunkStruct", "GgufMatrix", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct",
     "PackedMatrix", "PoolStruct", "available", "describe", "library", "matrix_of", "pack", "pack_gguf", "packable",
-    "set_threads", "unpack_gguf", "use_isa",
+    "set_threads", "sum_exp", "unpack_gguf", "use_isa",
 ]  # fmt: skip
 
 INT4, INT6, INT8, F32, F16, BF16 = range(6)
@@ -111,6 +111,7 @@ def library() -> ctypes.CDLL | None:
     lib.og_workspace_new.restype = c_void_p
     lib.og_workspace_free.argtypes = [c_void_p]
     lib.og_forward.argtypes = [c_void_p] * 4
+    lib.og_sum_exp.argtypes, lib.og_sum_exp.restype = [c_void_p, c_int64, c_float], ctypes.c_double
     lib.og_pack.argtypes = [c_void_p] * 4
     lib.og_pack_gguf.argtypes = [c_void_p, c_int64]
     lib.og_fits_int6.argtypes = [c_void_p, c_int64]
@@ -319,6 +320,15 @@ def matrix_of(weight: Tensor) -> MatrixStruct:
 
 
 # ---------------------------------------------------------------- smaller services
+
+
+def sum_exp(row: Tensor, peak: float) -> float | None:
+    """Sum of exp(row - peak), float32, peak being the row's largest value; None without the library."""
+    lib = library()
+    if lib is None or not row.is_contiguous():
+        return None
+    assert row.dtype == torch.float32 and row.device.type == "cpu"
+    return float(lib.og_sum_exp(row.data_ptr(), row.numel(), peak))
 
 
 def unpack_gguf(kind: str, blocks: Tensor, q: Tensor, scale: Tensor, minimum: Tensor | None) -> bool:

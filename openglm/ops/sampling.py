@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openglm.ops import native
+
 __all__ = ["GREEDY_BELOW", "largest", "log_normaliser", "pick", "splitmix64", "uniform"]
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -49,6 +51,8 @@ def log_normaliser(row: Tensor, peak: float) -> float:
     """log of the summed exp (nats). row: (V,) float32 on the CPU; peak: its maximum. NaN unless that is finite."""
     if not math.isfinite(peak):
         return math.nan
+    if (summed := native.sum_exp(row, peak)) is not None:
+        return peak + math.log(summed)
     # exp2 is nearly twice as fast as exp. The shift is a float32, so that the sum knows it exactly.
     shift = float(np.float32(peak * _LOG2E))
     offset, total = torch.tensor(-shift), 0.0

@@ -337,6 +337,9 @@ void reserve(const Pass &p, Workspace &w) {
 OG_API void *og_workspace_new() { return new openglm::Workspace; }
 OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
 
+// Sum of exp(x - peak) over n numbers, peak being the largest.
+OG_API double og_sum_exp(const float *x, int64_t n, float peak) { return openglm::kernels()->sum_exp(x, n, peak); }
+
 OG_API void og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
   using namespace openglm;
   Pass pass = {*model, *pool, *batch, *(Workspace *)workspace, *kernels(), n_threads(), batch->n_tokens, model->dim};

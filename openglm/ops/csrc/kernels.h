@@ -21,6 +21,18 @@ template <class S> typename S::F exponential(typename S::F x) { // relative erro
   return S::mul(y, S::pow2(n));
 }
 
+template <class S> double sum_exp(const float *x, int64_t n, float peak) {
+  double total = 0.0;
+  for (int64_t i = 0; i < n;) { // in runs, so that float32 sums stay short
+    int64_t end = n - i < 1024 ? n : i + 1024;
+    typename S::F sum = S::zero();
+    for (; i + S::lanes <= end; i += S::lanes) sum = S::add(sum, exponential<S>(S::sub(S::load(x + i), S::set(peak))));
+    total += S::sum(sum);
+    for (; i < end; i++) total += expf(x[i] - peak);
+  }
+  return total;
+}
+
 template <class S>
 void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out, int64_t first_block) {
   const int V = 32 / S::lanes;

@@ -119,6 +119,7 @@ struct OgKernels {
                    int64_t page, int64_t slot, const float *key, const float *value);
   void (*attend)(const OgTile *tile, float *scratch); // og_scratch() floats
   void (*join_segments)(const OgTile *tile, int64_t n, float *scratch); // n of them, side by side at `partial`
+  double (*sum_exp)(const float *x, int64_t n, float peak); // of exp(x - peak); peak: the largest
   void (*gather)(const OgMatrix *w, int64_t row, float *out); // one row, dequantised
 };
 
