@@ -122,7 +122,8 @@ class Handler(BaseHTTPRequestHandler):
     """Static files of the page and the four endpoints that it uses."""
 
     page: Page
-    protocol_version = "HTTP/1.0"  # a stream ends when the connection does
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -192,6 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         deltas = words(self.page.answers[text], 5) if text in self.page.answers else script(scene)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")  # the stream ends when the connection does
         self.end_headers()
         try:
             self.stream(deltas)
