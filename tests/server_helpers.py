@@ -89,8 +89,8 @@ def scripted(name: str, text: str | Sequence[int] = "", stop: str | None = None)
 
 
 @contextlib.contextmanager
-def running(service: Service, web: Any = None) -> Iterator[str]:
-    """The address of a server that runs in a thread until the block is left."""
+def running(service: Service, web: Any = None, loaded: bool = True) -> Iterator[str]:
+    """The address of a server that runs in a thread until the block is left. loaded: wait until it has its model."""
     config = uvicorn.Config(create_app(service, web), log_level="error", lifespan="on", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     listener = socket.socket()
@@ -99,7 +99,7 @@ def running(service: Service, web: Any = None) -> Iterator[str]:
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        until(lambda: service.state != "loading")
+        until(lambda: service.state != "loading" or not loaded)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
