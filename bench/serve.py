@@ -78,11 +78,14 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=120.0)
     p.add_argument("--max-tokens", type=int, default=32)
     p.add_argument("--parallel", type=int, default=64, help="answers that our server writes at once")
+    p.add_argument("--pool-tokens", type=int, default=16384, help="of our server's keys and values")
+    p.add_argument("--only-peer", action="store_true", help="leave ours out")
     p.set_defaults(model_name=None)
     o = p.parse_args()
     port = free_port()
-    ours = [sys.executable, "-m", "openglm", "serve", o.model, "--port", str(port), "--parallel", str(o.parallel)]
-    rows = [measure("OpenGLM", ours, port, o)]
+    ours = [sys.executable, "-m", "openglm", "serve", o.model, "--port", str(port), "--parallel", str(o.parallel),
+            "--pool-tokens", str(o.pool_tokens)]  # fmt: skip
+    rows = [] if o.only_peer else [measure("OpenGLM", ours, port, o)]
     if o.peer_python:
         port = free_port()
         peer = [o.peer_python, "-m", "llama_cpp.server", "--model", o.model, "--port", str(port), "--n_ctx", "2048",

@@ -293,6 +293,7 @@ COMMANDS: dict[str, Command] = {
     "inspect prompt": Command("show a conversation as the model sees it", *_lazy("prompt", "cli_inspect")),
     "plan": Command("say whether a model fits on given devices, and how fast it can be", *_lazy("plan", "cli_plan")),
     "bench generate": Command("measure how fast a model answers on this machine", *_lazy("generate", "cli_bench")),
+    "bench serve": Command("load a server with many clients", *_lazy("bench_serve", "cli_serve")),
     "bench train": Command("measure how fast training is on this machine", *_lazy("train", "cli_bench")),
     "convert": Command("write a checkpoint in another form", *_lazy("convert", "cli_convert")),
     "doctor": Command("show what this machine and installation can do", *_lazy("doctor", "cli_inspect")),

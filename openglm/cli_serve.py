@@ -1,24 +1,28 @@
-"""`openglm serve`: the model behind OpenAI's protocol, with a chat page.
+"""`openglm serve`: the model behind OpenAI's protocol, with a chat page. `openglm bench serve`: a load on it.
 
-    python -m openglm serve --port 8000
-
-serve_options adds the options of the verb, serve runs it.
+python -m openglm serve --port 8000
+python -m openglm bench serve --clients 64 --seconds 30
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from openglm.cli_options import Parser, common_options, load_model, model_option, place_options
 
 if TYPE_CHECKING:
     from openglm.server.config import ServeConfig
 
-__all__ = ["serve", "serve_options"]
+__all__ = ["bench_serve_options", "bench_serve_print", "bench_serve_value", "serve", "serve_options"]
 
 KEYS_VARIABLE = "OPENGLM_API_KEY"
 
@@ -86,3 +90,64 @@ def _name_of(reference: str | None) -> str:
         return "glm-nano"
     last = Path(reference.removeprefix("random:").partition("?")[0]).resolve()
     return last.stem if last.suffix == ".gguf" else last.name
+
+
+# -------------------------------------------------------------------- bench serve
+
+
+def bench_serve_options(p: argparse.ArgumentParser) -> None:
+    model_option(cast(Parser, p))
+    p.add_argument("--url", metavar="URL", help="a server that runs, such as http://host:8000/v1 (default: start one)")
+    p.add_argument("--api-key", default="", metavar="KEY", help="of that server")
+    p.add_argument("--clients", type=int, default=64, metavar="N", help="that stream at once (default: 64)")
+    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="length of the load (default: 30)")
+    p.add_argument("--max-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    place_options(cast(Parser, p))
+
+
+def bench_serve_value(o: argparse.Namespace) -> dict[str, Any]:
+    """What --json prints: requests, requests_per_s, tokens_per_s (pieces of text), errors, first_error, different
+    (answers that are not what was answered alone), ttft_p50_s, _p95_s, _p99_s and itl_... alike; url, clients, seconds.
+    """
+    from openglm.server.load_test import run_load
+
+    if o.clients < 1 or o.max_tokens < 1 or o.seconds <= 0:
+        raise ValueError("--clients and --max-tokens must be at least 1, and --seconds above 0")
+    with _server(o) as url:
+        load = asyncio.run(run_load(url, o.clients, o.seconds, o.max_tokens, key=o.api_key))
+    return {"url": url, "clients": o.clients, "seconds": o.seconds, **load.summary()}
+
+
+@contextmanager
+def _server(o: argparse.Namespace) -> Iterator[str]:
+    """The given one, or one of our own, which ends with the block."""
+    if o.url:
+        yield o.url.rstrip("/")
+        return
+    command = [sys.executable, "-m", "openglm", "serve", "--port", "0", "--max-queue", str(o.clients)]
+    for name in ("adapter", "device", "dtype", "threads"):
+        if getattr(o, name) is not None:
+            command += [f"--{name}", str(getattr(o, name))]
+    process = subprocess.Popen([*command, *([o.model] if o.model else [])], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = ""
+        for line in process.stderr:
+            if line.startswith("openglm: serving ") and " at http" in line:
+                yield line.rsplit(" at ", 1)[1].strip() + "/v1"
+                return
+        raise ValueError(line.strip().removeprefix("openglm: error: ") or "the server did not start")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def bench_serve_print(value: dict[str, Any]) -> None:
+    print(
+        f"{value['requests']} requests of {value['clients']} clients, {value['requests_per_s']:.2f}/s, "
+        f"{value['tokens_per_s']:.1f} pieces/s; errors {value['errors']}, different {value['different']}"
+    )
+    for kind, text in (("ttft", "to the first piece"), ("itl", "from piece to piece")):
+        print(f"  {text}: " + ", ".join(f"{q} {value[f'{kind}_{q}_s']:.3f} s" for q in ("p50", "p95", "p99")))
+    if value["first_error"]:
+        print(f"  first error: {value['first_error']}")

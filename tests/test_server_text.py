@@ -69,7 +69,8 @@ def test_several_prompts_texts_or_ids(client: OpenAI, tiny: ChatModel) -> None:
     ids = tiny.text_ids("The quick")
     answer = complete(client, prompt=["The quick", "北京"], max_tokens=6, n=2)
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
-    assert answer.choices[0].text == answer.choices[1].text == complete(client, prompt=ids, max_tokens=6).choices[0].text
+    same = complete(client, prompt=ids, max_tokens=6).choices[0].text
+    assert answer.choices[0].text == answer.choices[1].text == same
     assert complete(client, prompt=[ids, ids], max_tokens=6).choices[1].text == answer.choices[0].text
     assert answer.usage.prompt_tokens == len(ids) + len(tiny.text_ids("北京"))
 
@@ -247,7 +248,7 @@ def test_anthropic_errors(claude: tuple[Server, Anthropic]) -> None:
         ("thinking", {"type": "enabled", "budget_tokens": 2000}), ("temperature", 2), ("mcp_servers", []),
         ("tool_choice", {"type": "any"}), ("messages[0].content[0].type", None),
     ):  # fmt: skip
-        body = {field: value} if value is not None else {
+        body: dict[str, Any] = {field: value} if value is not None else {
             "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]
         }  # fmt: skip
         with pytest.raises(anthropic.BadRequestError) as caught:
