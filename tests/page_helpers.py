@@ -62,6 +62,8 @@ class Desk:
             self.trouble.append(f"console: {text}")
 
     def reload(self) -> None:
+        """Load the page again, after what it is writing is written: a reading waits its turn behind that."""
+        self.page.evaluate("import('./js/store.js').then((store) => store.all()).then((found) => found.length)")
         self.page.reload()
         self.page.wait_for_selector("html[data-ready]")
 
