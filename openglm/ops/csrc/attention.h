@@ -11,45 +11,58 @@ inline int64_t kv_row(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int
   return ((layer * pool->n_pages + page) * n_kv_heads + kv_head) * pool->page_size; // in tokens
 }
 
-inline int8_t to_byte(float x) { return x == x ? (int8_t)nearbyintf(x) : 0; }
+// Elements of a cache from `n` floats times a factor, n at most lanes.
+template <class S> void cast(const float *x, int64_t n, float factor, float *to) {
+  for (int64_t i = 0; i < n; i++) to[i] = x[i] * factor;
+}
+template <class S> void cast(const float *x, int64_t n, float factor, int8_t *to) {
+  for (int64_t i = 0; i < n; i++) to[i] = x[i] == x[i] ? (int8_t)nearbyintf(x[i] * factor) : 0;
+}
+template <class S> void cast_half(const float *x, int64_t n, bool bf16, uint16_t *to) {
+  if (n == S::lanes && !bf16) S::to_f16(to, S::load(x));
+  else
+    for (int64_t i = 0; i < n; i++) to[i] = bf16 ? float_to_bf16(x[i]) : float_to_half(x[i]);
+}
+
+template <class S, class T, class Cast>
+void store_kind(const OgPool *pool, int64_t k, int64_t v, int64_t head_dim, const float *key, const float *value,
+                const Cast &convert) {
+  T some[S::lanes], *keys = (T *)pool->keys + k, *values = (T *)pool->values + v;
+  for (int64_t d = 0; d < head_dim; d += S::lanes) {
+    int64_t n = head_dim - d < S::lanes ? head_dim - d : S::lanes;
+    convert(key + d, n, true, some);
+    for (int64_t i = 0; i < n; i++) keys[16 * (d + i)] = some[i];
+    convert(value + d, n, false, some);
+    memcpy(values + d, some, n * sizeof(T));
+  }
+}
 
 template <class S>
 void store_kv(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t head_dim, int64_t kv_head, int64_t page,
               int64_t slot, const float *key, const float *value) {
   int64_t row = kv_row(pool, layer, n_kv_heads, page, kv_head);
   int64_t k = row * head_dim + slot / 16 * 16 * head_dim + slot % 16, v = (row + slot) * head_dim;
-  float key_factor = 0.0f, value_factor = 0.0f;
-  if (pool->kind == OG_INT8) { // a scale for each token and head
-    float key_top = 0.0f, value_top = 0.0f, odd = 0.0f;
-    for (int64_t d = 0; d < head_dim; d++) {
-      key_top = fabsf(key[d]) > key_top ? fabsf(key[d]) : key_top;
-      value_top = fabsf(value[d]) > value_top ? fabsf(value[d]) : value_top;
-      odd += value[d] - value[d]; // NaN must not get lost
-    }
-    pool->key_scales[row + slot] = key_top / 127.0f;
-    pool->value_scales[row + slot] = value_top / 127.0f + odd;
-    key_factor = key_top > 0 ? 127.0f / key_top : 0.0f;
-    value_factor = value_top > 0 ? 127.0f / value_top : 0.0f;
+  if (pool->kind == OG_F32)
+    return store_kind<S, float>(pool, k, v, head_dim, key, value,
+                                [](auto x, auto n, bool, float *to) { cast<S>(x, n, 1.0f, to); });
+  if (pool->kind != OG_INT8) {
+    const bool bf16 = pool->kind == OG_BF16;
+    return store_kind<S, uint16_t>(pool, k, v, head_dim, key, value,
+                                   [=](auto x, auto n, bool, uint16_t *to) { cast_half<S>(x, n, bf16, to); });
   }
+  float key_top = 0.0f, value_top = 0.0f, odd = 0.0f; // a scale for each token and head
   for (int64_t d = 0; d < head_dim; d++) {
-    switch (pool->kind) {
-    case OG_F32:
-      ((float *)pool->keys)[k + 16 * d] = key[d];
-      ((float *)pool->values)[v + d] = value[d];
-      break;
-    case OG_F16:
-      ((uint16_t *)pool->keys)[k + 16 * d] = float_to_half(key[d]);
-      ((uint16_t *)pool->values)[v + d] = float_to_half(value[d]);
-      break;
-    case OG_BF16:
-      ((uint16_t *)pool->keys)[k + 16 * d] = float_to_bf16(key[d]);
-      ((uint16_t *)pool->values)[v + d] = float_to_bf16(value[d]);
-      break;
-    default:
-      ((int8_t *)pool->keys)[k + 16 * d] = to_byte(key[d] * key_factor);
-      ((int8_t *)pool->values)[v + d] = to_byte(value[d] * value_factor);
-    }
+    key_top = fabsf(key[d]) > key_top ? fabsf(key[d]) : key_top;
+    value_top = fabsf(value[d]) > value_top ? fabsf(value[d]) : value_top;
+    odd += value[d] - value[d]; // NaN must not get lost
   }
+  pool->key_scales[row + slot] = key_top / 127.0f;
+  pool->value_scales[row + slot] = value_top / 127.0f + odd;
+  const float key_factor = key_top > 0 ? 127.0f / key_top : 0.0f;
+  const float value_factor = value_top > 0 ? 127.0f / value_top : 0.0f;
+  store_kind<S, int8_t>(pool, k, v, head_dim, key, value, [=](auto x, auto n, bool is_key, int8_t *to) {
+    cast<S>(x, n, is_key ? key_factor : value_factor, to);
+  });
 }
 
 // f(row, N) for N rows at a time, then once for those left.
