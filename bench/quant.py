@@ -152,8 +152,9 @@ class Measure:
     def __init__(self, source: Reference, texts: dict[str, str], n_windows: int) -> None:
         assert source.tokenizer is not None
         self.config, self.special_ids = source.opened.config, source.meta.special_ids
+        self.head = tuple(source.meta.text_head(self.special_ids))
         self.windows = {
-            name: cut(source.tokenizer.encode(text), source.meta.text_head(self.special_ids), self.config, n_windows)
+            name: cut(source.tokenizer.encode(text), self.head, self.config, n_windows)
             for name, text in texts.items()
         }
         self.model = dense(source.opened, self.config)
