@@ -82,7 +82,7 @@ def make_specs(model: Any, rng: random.Random) -> list[Spec]:
         kind = list(kinds)[number % len(kinds)]
         start, n = rng.randrange(len(ids) - 120), rng.randrange(4, 100)
         prompt = head * rng.randrange(2) + ids[start : start + n]
-        specs.append(Spec(kind, prompt, {"max_new_tokens": rng.randrange(1, 33), "seed": number, **kinds[kind]}))
+        specs.append(Spec(kind, prompt, {"max_new_tokens": rng.randrange(4, 33), "seed": number, **kinds[kind]}))
     return specs
 
 
