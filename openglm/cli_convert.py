@@ -23,8 +23,8 @@ def convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quantize", metavar="Q", help="int4 or int8: round the matrices on the way (gguf: Q4_0, Q8_0)")
     p.add_argument("--group", metavar="N", help="columns that share a scale, or row (default: 32)")
     p.add_argument("--symmetric", action="store_true", help="int4: a scale alone for each group, no minimum")
-    p.add_argument("--method", metavar="M", help="absmax, mse, gptq or awq (default: mse; int8 and row: absmax)")
-    p.add_argument("--calibration", metavar="FILE", nargs="+", help="gptq, awq: UTF-8 text to run through the model")
+    p.add_argument("--method", metavar="M", help="absmax, mse, gptq or awq (see docs/QUANTISATION.md)")
+    p.add_argument("--calibration", metavar="FILE", nargs="+", help="UTF-8 text to run through the model: gptq, or awq")
     p.add_argument("--embeddings", metavar="Q", help="none, int8 or int4 (default: none)")
     p.add_argument("--head", metavar="Q", help="none, int8 or int4, where it is not the embedding (default: none)")
     p.add_argument("--quantize-embeddings", action="store_true", help="embedding and head as the rest")
@@ -86,7 +86,8 @@ def _spec(o: argparse.Namespace) -> Any:
     if o.quantize_embeddings and (o.embeddings or o.head):
         raise ValueError("--quantize-embeddings is --embeddings and --head at once: give either")
     both = o.quantize if o.quantize_embeddings else "none"
-    return QuantSpec.parse(o.quantize, o.group, o.symmetric, o.method, o.embeddings or both, o.head or both)
+    method = o.method or ("gptq" if o.calibration else None)
+    return QuantSpec.parse(o.quantize, o.group, o.symmetric, method, o.embeddings or both, o.head or both)
 
 
 def convert_print(value: dict[str, Any]) -> None:

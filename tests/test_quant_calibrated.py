@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openglm.cli import main
 from openglm.config import GLMConfig
 from openglm.convert import convert
 from openglm.loading import Reference, open_reference
@@ -17,9 +18,9 @@ from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
 from openglm.model.init import init_weights
 from openglm.model.load import build_transformer
 from openglm.model.transformer import Transformer
-from openglm.ops.quant import QuantTensor
+from openglm.ops.quant import QuantTensor, floats
 from openglm.quant import QuantSpec, quantise
-from openglm.quant.awq import fold, sites
+from openglm.quant.awq import ALPHAS, _search, fold, sites
 from openglm.quant.calibrate import windows
 from openglm.quant.gptq import DAMPING, gptq
 from openglm.tokenizer import Tokenizer
@@ -109,13 +110,36 @@ def test_folded_scales_change_nothing(config: GLMConfig, n_sites: int) -> None:
         torch.testing.assert_close(block(h, None), before, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_awq_takes_the_power_with_the_least_error_of_the_output(seed: int) -> None:
+    """Against the search spelled out in NumPy: every power tried, rounded on the range of its values, in float64."""
+    weight, x = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed)), inputs(200, 64, seed)
+    mean = x.abs().mean(0)
+    alpha, factor = _search(weight, mean, x, QuantSpec(group=16, method="absmax"))
+    w, m = weight.double().numpy(), mean.double().numpy()
+
+    def lost(power: float) -> tuple[float, np.ndarray]:
+        s = m**power
+        s /= np.sqrt(s.max() * s.min())
+        grouped = (w * s).reshape(24, 4, 16)
+        low = grouped.min(-1, keepdims=True).astype(np.float16).astype(np.float64)
+        step = ((grouped.max(-1, keepdims=True) - low) / 15).astype(np.float16).astype(np.float64)
+        rounded = (np.clip(np.rint((grouped - low) / step), 0, 15) * step + low).reshape(24, 64) / s
+        return float(((x.double().numpy() @ (rounded - w).T) ** 2).mean()), s
+
+    errors = {power: lost(power)[0] for power in (0.0, *ALPHAS)}
+    assert alpha > 0 and errors[alpha] <= 1.001 * min(errors.values()) < 0.9 * errors[0.0]
+    np.testing.assert_allclose(factor.numpy(), lost(alpha)[1], rtol=1e-4)
+
+
 # -------------------------------------------------------------------- whole conversions
 
 
-def checkpoint(folder: Path, config: GLMConfig, tokenizer: Tokenizer) -> Reference:
-    """Random weights whose channels differ in size, as trained ones do."""
+def checkpoint(folder: Path, config: GLMConfig, tokenizer: Tokenizer, shared: float = 0.0) -> Reference:
+    """Random weights whose channels differ in size, as trained ones do. shared: what all embeddings have in common."""
     model = init_weights(Transformer(config), seed=3, std=0.2)
     with torch.no_grad():
+        model.embed.weight += shared * torch.linspace(-1, 1, config.dim)
         for block in model.layers:
             for norm in (block.norm1, block.norm2):
                 norm.weight.copy_(torch.logspace(-1.5, 0.5, config.dim))
@@ -134,6 +158,43 @@ def output_error(source: Reference, converted: Path, ids: Tensor) -> float:
         for r in (source, open_reference(converted))
     )
     return float((a - b).norm() / a.norm())
+
+
+def first_inputs(source: Reference) -> np.ndarray:
+    """(vocab_size, dim): what the first block's qkv sees of every token, by the definition of the norms."""
+    h, weight = (floats(source.opened.get(n)).double().numpy() for n in ("embed.weight", "layers.0.norm1.weight"))
+    if source.opened.config.norm == "rms":
+        return h / np.sqrt((h**2).mean(-1, keepdims=True) + source.opened.config.norm_eps) * weight
+    centred = h - h.mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + source.opened.config.norm_eps) * weight
+    return normed + floats(source.opened.get("layers.0.norm1.bias")).double().numpy()
+
+
+@pytest.mark.parametrize("config", [GQA, LAYER_NORM, NORMED])
+def test_the_default_never_loses_to_the_range(config: GLMConfig, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """Under what it goes by: error of the weights; in the first block's qkv, of the output for every token."""
+    source = checkpoint(tmp_path / "source", config, tiny_tokenizer, shared=0.5)
+    for name, method in (("default", None), ("absmax", "absmax")):
+        convert(source, tmp_path / name, spec=QuantSpec.parse("int4", "16", method=method))
+    stored = [open_reference(tmp_path / name).opened for name in ("default", "absmax")]
+    kinds = [name for name, weight in stored[0].weights() if isinstance(weight, QuantTensor)]
+    assert len(kinds) == 4 * config.n_layers
+    x = first_inputs(source)
+    for name in kinds:
+        wrong = [(floats(o.get(name)) - floats(source.opened.get(name))).double().numpy() for o in stored]
+        first = name == "layers.0.attn.qkv.weight"
+        lost = [float(((x @ w.T if first else w) ** 2).sum()) for w in wrong]
+        assert lost[0] < (0.5 if first else 1) * lost[1], name
+
+
+def test_learned_positions_leave_the_first_block_to_rounding(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """They are added to the embedding, which then does not tell the inputs."""
+    config = replace(NORMED, residual="stream", residual_alpha=1.0, positions="learned")
+    source = checkpoint(tmp_path / "source", config, tiny_tokenizer)
+    convert(source, tmp_path / "out", spec=QuantSpec.parse("int4", "16"))
+    name = "layers.0.attn.qkv.weight"
+    found, plain = open_reference(tmp_path / "out").opened.get(name), floats(source.opened.get(name)).float()
+    assert isinstance(found, QuantTensor) and torch.equal(found.q, quantise(plain, QuantSpec(group=16)).q)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -179,6 +240,18 @@ def test_a_calibrated_conversion_is_continued(
         convert(source, tmp_path / "parts", spec=spec, calibration=[TEXT])
     assert convert(source, tmp_path / "parts", spec=spec, calibration=[TEXT]).continued
     assert (tmp_path / "parts" / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
+
+
+def test_text_alone_chooses_gptq(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    checkpoint(tmp_path / "source", GQA, tiny_tokenizer)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    for name, method in (("default", []), ("gptq", ["--method", "gptq"]), ("awq", ["--method", "awq"])):
+        words = ["convert", str(tmp_path / "source"), str(tmp_path / name), "--format", "openglm", "--quantize", "int4"]
+        assert main([*words, "--calibration", str(tmp_path / "text.txt"), *method]) == 0
+    default, gptq_, awq = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("default", "gptq", "awq")
+    )  # fmt: skip
+    assert default == gptq_ != awq
 
 
 def test_mistakes(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

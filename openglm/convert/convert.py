@@ -72,7 +72,7 @@ def convert(
     if spec is not None and format == "hf":
         raise ValueError("--quantize does not go with --format hf, which has no form for it: use openglm or gguf")
     if calibration and (spec is None or not spec.calibrated):
-        raise ValueError("text for calibration goes with --quantize and --method gptq or awq")
+        raise ValueError("text for calibration goes with --quantize and --method gptq (the default then) or awq")
     opened = reference.opened
     if opened.kv_prefix is not None:
         raise ValueError("a P-Tuning v2 prefix cannot be merged into weights: keep it as --adapter")
@@ -163,7 +163,7 @@ def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
         if plan.spec != plain:
             raise ValueError(
                 "GGUF files are quantised as Q4_0 or Q8_0, the embedding with the rest: leave out --group, --symmetric,"
-                " --method, --embeddings and --head; what --format openglm quantised is kept bit for bit"
+                " --method, --calibration, --embeddings and --head; what --format openglm quantised is kept bit for bit"
             )
         type = "Q4_0" if plan.spec.bits == 4 else "Q8_0"
     else:

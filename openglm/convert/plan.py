@@ -19,6 +19,8 @@ from openglm.model.writer import OutputFolder
 from openglm.ops.quant import QuantTensor, Weight, floats
 from openglm.quant import QuantSpec, quantise
 from openglm.quant.calibrate import Calibration
+from openglm.quant.embedded import FIRST_QKV, second_moment
+from openglm.quant.gptq import gptq
 
 __all__ = ["Plan", "write_shards"]
 
@@ -44,6 +46,8 @@ class Plan:
         spec = None if self.spec is None else self.spec.of(name, tuple(weight.shape))
         if spec is not None:
             try:
+                if name == FIRST_QKV and spec.method == "mse":
+                    return _first_qkv(self.opened, floats(weight, torch.float32), spec)
                 return quantise(floats(weight, torch.float32), spec)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -54,6 +58,13 @@ class Plan:
         shape = self.shapes[name]
         spec = None if self.spec is None else self.spec.of(name, shape)
         return 2 * math.prod(shape) if spec is None else spec.n_bytes(shape)
+
+
+def _first_qkv(opened: OpenedModel, weight: Tensor, spec: QuantSpec) -> QuantTensor:
+    """By what it sees, which the embedding table tells; without that, like the other matrices."""
+    plain = quantise(weight, spec)  # raises for what cannot be stored
+    hessian = second_moment(opened)
+    return plain if hessian is None else gptq(weight, hessian, spec)
 
 
 def _shards(plan: Plan) -> list[list[str]]:

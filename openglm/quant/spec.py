@@ -25,8 +25,9 @@ class QuantSpec:
     and minimum. None: INT8 and whole rows are symmetric, INT4 in groups is not. embeddings, head: bits of these two,
     0 leaves them as they are; a tied matrix goes by `embeddings`.
     method: "absmax" rounds to nearest on the range of the values; "mse" searches the range with the least squared
-    error; "gptq" and "awq" need text (openglm.quant.calibrate). None: "mse" for INT4 in groups, else "absmax", which
-    is what GLM-130B does. Raises ValueError for what does not go together.
+    error, and goes by the embedding table in the first block's qkv (openglm.quant.embedded); "gptq" and "awq" need
+    text (openglm.quant.calibrate). None: "mse" for INT4 in groups, else "absmax", which is what GLM-130B does.
+    Raises ValueError for what does not go together.
     """
 
     bits: Literal[4, 8] = 4
