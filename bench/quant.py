@@ -64,8 +64,7 @@ source, target, type, kept = sys.argv[1:]
 p = peer.llama_model_quantize_default_params()
 p.ftype = getattr(peer, "LLAMA_FTYPE_MOSTLY_" + type)
 p.nthread = 2
-if kept:
-    p.token_embedding_type = p.output_tensor_type = getattr(peer, "GGML_TYPE_" + kept)
+p.token_embedding_type = p.output_tensor_type = getattr(peer, "GGML_TYPE_" + kept)
 sys.exit(peer.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(p)))
 """
 PERPLEXITY = """
@@ -235,7 +234,7 @@ def ours(type: str, source: Reference, folder: Path, o: argparse.Namespace) -> O
 
 def peer_file(type: str, gguf: Path, target: Path, config: GLMConfig, o: argparse.Namespace) -> OpenedModel:
     kept = "Q8_0" if o.embeddings == "int8" else "F16"
-    run_peer(o.peer_python, QUANTISE, str(gguf), str(target), type, "" if o.peer_embeddings else kept)
+    run_peer(o.peer_python, QUANTISE, str(gguf), str(target), type, kept)
     return replace(open_model(target), config=config)
 
 
@@ -328,7 +327,6 @@ def main() -> None:
     parser.add_argument("--ours", default=OURS, help="types, separated by commas")
     parser.add_argument("--peer", default=PEER, help="types of llama.cpp")
     parser.add_argument("--peer-python", help="an interpreter that has llama-cpp-python")
-    parser.add_argument("--peer-embeddings", action="store_true", help="embedding and head as its type has them")
     parser.add_argument("--embeddings", choices=("int8", "none"), default="int8", help="and head, both sides")
     parser.add_argument("--shuffle", action="store_true", help="columns in another order first")
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens, of each text")
