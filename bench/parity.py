@@ -2,12 +2,16 @@
 
     python bench/parity.py model.gguf --peer-python PYTHON   # an interpreter that has llama-cpp-python
 
-llama.cpp continues 20 prompts greedily, token by token. We score prompt and continuation in one pass: as long as our
-likeliest token is the one it chose, our greedy continuation is the same, and where it is not, ours diverges from its.
-At each divergence the table shows how far apart the two tokens lie on either side.
-llama.cpp rounds activations to 8 bits before it multiplies them with quantised weights, and its cache to half; we do
-neither. So everything is compared twice: on the file, and on a copy of it with the same weights as float32 (and a
-float32 cache), where llama.cpp rounds nothing: what differs there would be a difference in the model.
+llama.cpp continues 20 prompts greedily, token by token. We score prompt and continuation in one pass, by the runner
+that serves: as long as our likeliest token is the one it chose, our greedy continuation is the same, and where it is
+not, ours diverges from its.
+Both sides round activations to 8 bits before they multiply them with quantised weights, and the cache to half, each
+in blocks of its own: logits differ, and a close choice may turn. So at each first divergence stands how much either
+side prefers its own token, in nats, beside the noise: how far the two sides' log-probabilities of the two likeliest
+tokens lie apart at all positions before. A divergence whose gaps on both sides are below the largest of these is one
+of rounding; one that is not counts as an error, and the comparison goes on behind llama.cpp's token.
+--float32 does it all again on a copy of the file with the same weights as float32, and a float32 cache, where no side
+rounds anything: what differs there would be a difference in the model.
 Perplexity: windows of WikiText-2's validation text, the same on both sides, each from its second token on.
 
 Prints tables in Markdown, and one JSON line last.
@@ -50,7 +54,7 @@ PROMPTS = [
     "李白是唐代著名的",
 ]
 N_NEW = 64
-N_TOP = 64  # of the peer's logits kept at each step
+N_TOP = 64  # of the peer's tokens kept at each position
 PEER_MODULE = "llama_cpp"
 
 
@@ -64,27 +68,24 @@ def peer_main(path: str, request_file: str, reply_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     start = time.perf_counter()
     llama = Llama(
-        path, n_ctx=request["n_ctx"], n_batch=request["n_ctx"], n_threads=request["threads"], logits_all=True,
-        verbose=False, **({"type_k": 0, "type_v": 0} if request.get("float32") else {}),
+        path, n_ctx=request["n_ctx"], n_batch=request["n_ctx"], n_threads=request["threads"],
+        n_threads_batch=request["threads"], logits_all=True, verbose=False,
+        **({"type_k": 0, "type_v": 0} if request.get("float32") else {}),
     )  # fmt: skip
     arrays: dict[str, Any] = {}
     for i, (text, ids) in enumerate(zip(request["prompts"], request["ids"], strict=True)):
         arrays[f"tokens{i}"] = np.array(llama.tokenize(text.encode(), add_bos=False, special=False))
         llama.reset()
         llama.eval(ids)
-        chosen, top_ids, top_logits = [], [], []
-        for step in range(N_NEW):
-            row = llama.scores[llama.n_tokens - 1].astype(np.float32)
-            if step == 0:
-                arrays[f"first{i}"] = row.copy()
-            best = np.argsort(-row)[:N_TOP]
-            chosen.append(int(best[0]))
-            top_ids.append(best)
-            top_logits.append(row[best])
-            if chosen[-1] in request["stop_ids"]:
-                break
+        best = [top_of(row) for row in llama.scores[: len(ids)]]
+        arrays[f"first{i}"] = llama.scores[len(ids) - 1].astype(np.float32)
+        chosen = [int(best[-1][0][0])]
+        while len(chosen) < N_NEW and chosen[-1] not in request["stop_ids"]:
             llama.eval([chosen[-1]])
-        arrays |= {f"chosen{i}": np.array(chosen), f"ids{i}": np.array(top_ids), f"logits{i}": np.array(top_logits)}
+            best.append(top_of(llama.scores[llama.n_tokens - 1]))
+            chosen.append(int(best[-1][0][0]))
+        arrays |= {f"chosen{i}": np.array(chosen), f"ids{i}": np.array([ids for ids, _ in best])}
+        arrays[f"logprobs{i}"] = np.array([logprobs for _, logprobs in best])
     nll = []
     for window in request["windows"]:
         llama.reset()
@@ -93,14 +94,22 @@ def peer_main(path: str, request_file: str, reply_file: str) -> None:
     np.savez(reply_file, nll=np.array(nll), seconds=np.array(time.perf_counter() - start), **arrays)
 
 
+def top_of(logits: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The N_TOP likeliest ids, best first, and their log-probabilities."""
+    best = np.argsort(-logits)[:N_TOP]
+    return best, log_softmax(logits)[best]
+
+
+def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
 def sum_nll(logits: np.ndarray[Any, Any], ids: list[int]) -> float:
     """Negative log likelihood in nats of ids[1:], from logits (len(ids), vocab)."""
-    total = 0.0
-    for row, target in zip(logits[:-1], ids[1:], strict=True):
-        row = row.astype(np.float64)
-        top = row.max()
-        total += top + float(np.log(np.exp(row - top).sum())) - row[target]
-    return total
+    rows = zip(logits[:-1], ids[1:], strict=True)
+    return -sum(float(log_softmax(row)[target]) for row, target in rows)
 
 
 # -------------------------------------------------------------------- ours
@@ -122,47 +131,83 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     peer = ask_peer(args, request)
     plain = measure(model, ids, windows, peer)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "float32.gguf"
-        convert(open_reference(Path(args.model)), copy, "gguf", dtype="float32")
-        exact = measure(model, ids, windows, ask_peer(args, request | {"float32": True}, str(copy)))
-    return {"model": Path(args.model).name, **plain, "float32_copy": exact}
+    del model
+    result: dict[str, Any] = {"model": Path(args.model).name, **plain}
+    if args.float32:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "float32.gguf"
+            convert(open_reference(Path(args.model)), copy, "gguf", dtype="float32")
+            model = openglm.load(copy, device="cpu")
+            result["float32_copy"] = measure(
+                model, ids, windows, ask_peer(args, request | {"float32": True}, str(copy))
+            )
+    return result
+
+
+def served_logits(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
+    """(T, vocab_size) float32 from the runner that answers requests, with its rounding and its cache."""
+    import torch
+
+    from openglm.engine.runner import Chunk
+
+    runner, n = model.engine.runner, len(ids)
+    pages = range(-(-n // runner.page_size))
+    return np.asarray(runner.run([Chunk(ids, 0, torch.arange(n)[None], pages, n_logits=n)]))
 
 
 def measure(
     model: Any, ids: list[list[int]], windows: list[list[int]], peer: dict[str, np.ndarray[Any, Any]]
 ) -> dict[str, Any]:
-    rows, gaps = [], []
-    for i, prompt in enumerate(PROMPTS):
-        chosen = peer[f"chosen{i}"].tolist()
-        logits = np.asarray(model.logits([*ids[i], *chosen[:-1]]))[len(ids[i]) - 1 :]
-        same = logits.argmax(-1) == np.array(chosen)
-        n_same = len(chosen) if same.all() else int(same.argmin())
-        row = {
-            "prompt": prompt, "same_ids": ids[i] == peer[f"tokens{i}"].tolist(), "tokens": len(chosen), "same": n_same,
-            "first_token_rms": rms(logits[0] - peer[f"first{i}"]), "spread": float(peer[f"first{i}"].std()),
-        }  # fmt: skip
-        if n_same < len(chosen):
-            row |= divergence(logits[n_same], peer[f"ids{i}"][n_same], peer[f"logits{i}"][n_same], model.tokenizer)
-            gaps.append(max(row["our_gap"], row["peer_gap"]))
-        rows.append(row)
+    rows = [compare_prompt(model, i, ids[i], peer) for i in range(len(PROMPTS))]
     n_tokens = sum(len(window) - 1 for window in windows)
-    ours = sum(sum_nll(np.asarray(model.logits(window)), window) for window in windows) / n_tokens
+    ours = sum(sum_nll(served_logits(model, window), window) for window in windows) / n_tokens
     theirs = float(peer["nll"].sum()) / n_tokens
-    total = sum(row["tokens"] for row in rows)
+    split = [row for row in rows if "our_gap" in row]
     return {
         "rows": rows,
-        "same_prompt_ids": all(row["same_ids"] for row in rows),
+        "same_prompt_ids": sum(row["same_ids"] for row in rows),
         "same_first_token": sum(row["same"] > 0 for row in rows),
         "prompts": len(rows),
-        "agreement": sum(row["same"] for row in rows) / total,
         "identical": sum(row["same"] == row["tokens"] for row in rows),
-        "largest_gap": max(gaps, default=0.0),
+        "divergences": len(split),
+        "by_rounding": sum(row["by_rounding"] for row in split),
+        "agreement": sum(row["agreed"] for row in rows) / sum(row["compared"] for row in rows),
+        "before_first": sum(row["same"] for row in rows) / sum(row["tokens"] for row in rows),
+        "same_text": sum(row["same_text"] for row in rows) / sum(row["tokens"] for row in rows),
         "perplexity": float(np.exp(ours)),
         "peer_perplexity": float(np.exp(theirs)),
         "perplexity_ratio": float(np.exp(ours - theirs)),
         "perplexity_tokens": n_tokens,
     }
+
+
+def compare_prompt(model: Any, i: int, ids: list[int], peer: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+    """One prompt. agreed of compared: tokens up to the first divergence by rounding, those diverging else counted."""
+    chosen, top, theirs = peer[f"chosen{i}"], peer[f"ids{i}"], peer[f"logprobs{i}"]
+    logits = served_logits(model, [*ids, *chosen[:-1].tolist()])
+    ours = log_softmax(logits)
+    first = len(ids) - 1
+    apart = np.abs(np.take_along_axis(ours, top, 1) - theirs)[:, :2]  # of the two likeliest at every position
+    same = ours[first:].argmax(-1) == chosen
+    row: dict[str, Any] = {
+        "prompt": PROMPTS[i], "same_ids": ids == peer[f"tokens{i}"].tolist(), "tokens": len(chosen),
+        "same": len(chosen), "same_text": int(same.sum()), "agreed": 0, "compared": 0,
+        "first_token_rms": rms(logits[first] - peer[f"first{i}"]), "spread": float(peer[f"first{i}"].std()),
+    }  # fmt: skip
+    for step, equal in enumerate(same):
+        if equal:
+            row["agreed"], row["compared"] = row["agreed"] + 1, row["compared"] + 1
+            continue
+        at = first + step
+        found = divergence(ours[at], top[at], theirs[at], model.tokenizer)
+        noise = {"noise_rms": rms(apart[:at]), "noise_max": float(apart[:at].max(initial=0.0))}
+        rounding = max(found["our_gap"], found["peer_gap"]) < noise["noise_max"]
+        if "our_gap" not in row:
+            row |= found | noise | {"same": step, "by_rounding": rounding}
+        if rounding:
+            break
+        row["compared"] += 1
+    return row
 
 
 def ask_peer(
@@ -182,16 +227,16 @@ def ask_peer(
 
 
 def divergence(
-    ours: np.ndarray[Any, Any], peer_ids: np.ndarray[Any, Any], peer_logits: np.ndarray[Any, Any], tokenizer: Any
+    ours: np.ndarray[Any, Any], peer_ids: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], tokenizer: Any
 ) -> dict[str, Any]:
-    """The two tokens, and how much each side prefers its own over the other's (nan: not in the peer's top)."""
-    mine, theirs = int(ours.argmax()), int(peer_ids[0])
+    """The two tokens, and how much each side prefers its own over the other's (infinite: not in the peer's top)."""
+    mine, other = int(ours.argmax()), int(peer_ids[0])
     found = np.flatnonzero(peer_ids == mine)
     return {
         "our_token": tokenizer.decode([mine], skip_special=False),
-        "peer_token": tokenizer.decode([theirs], skip_special=False),
-        "our_gap": float(ours[mine] - ours[theirs]),
-        "peer_gap": float(peer_logits[0] - peer_logits[found[0]]) if len(found) else float("nan"),
+        "peer_token": tokenizer.decode([other], skip_special=False),
+        "our_gap": float(ours[mine] - ours[other]),
+        "peer_gap": float(theirs[0] - theirs[found[0]]) if len(found) else float("inf"),
     }
 
 
@@ -201,22 +246,27 @@ def rms(values: np.ndarray[Any, Any]) -> float:
 
 def show(title: str, result: dict[str, Any]) -> None:
     print(f"\n## {title}\n")
-    print("| prompt | same / tokens | logits apart (spread) | ours, theirs at the divergence | our gap | their gap |")
-    print("| --- | ---: | ---: | --- | ---: | ---: |")
+    print(
+        "| prompt | same / tokens | logits apart (spread) | ours, theirs | gaps | noise before: rms, max | rounding |"
+    )
+    print("| --- | ---: | ---: | --- | ---: | ---: | --- |")
     for row in result["rows"]:
         head = json.dumps(row["prompt"][:24], ensure_ascii=False).replace("|", "\\|")
         cells = [head, f"{row['same']} / {row['tokens']}", f"{row['first_token_rms']:.3f} ({row['spread']:.2f})"]
         if "our_gap" in row:
             pair = json.dumps([row["our_token"], row["peer_token"]], ensure_ascii=False).replace("|", "\\|")
-            cells += [pair, f"{row['our_gap']:.3f}", f"{row['peer_gap']:.3f}"]
+            cells += [pair, f"{row['our_gap']:.3f}, {row['peer_gap']:.3f}"]
+            cells += [f"{row['noise_rms']:.3f}, {row['noise_max']:.3f}", "yes" if row["by_rounding"] else "NO"]
         else:
-            cells += ["", "", ""]
+            cells += [""] * 4
         print("| " + " | ".join(cells) + " |")
     r = result
     print(
-        f"\nSame ids for all prompts: {'yes' if r['same_prompt_ids'] else 'NO'}. Same first token: "
-        f"{r['same_first_token']} of {r['prompts']}. Tokens before the first divergence: {100 * r['agreement']:.1f} %; "
-        f"{r['identical']} continuations identical; largest gap at a divergence {r['largest_gap']:.3f}.\n"
+        f"\nSame ids of the prompt: {r['same_prompt_ids']} of {r['prompts']}. Same first token: "
+        f"{r['same_first_token']} of {r['prompts']}. {r['identical']} continuations identical, {r['divergences']} "
+        f"diverge, {r['by_rounding']} of these by rounding. Up to the first divergence by rounding "
+        f"{100 * r['agreement']:.1f} % of the tokens are the same; {100 * r['before_first']:.1f} % of all lie before "
+        f"the first divergence; behind the same text {100 * r['same_text']:.1f} % of all are the same.\n"
         f"Perplexity over {r['perplexity_tokens']} tokens: ours {r['perplexity']:.4f}, llama.cpp "
         f"{r['peer_perplexity']:.4f} (ratio {r['perplexity_ratio']:.4f})."
     )
@@ -233,11 +283,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, from its start")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
+    parser.add_argument("--float32", action="store_true", help="also on a float32 copy, which takes its memory")
     args = parser.parse_args(argv)
     result = compare(args)
-    show(f"{result['model']}: llama.cpp on the file itself", result)
-    show(f"{result['model']}: llama.cpp on the same weights as float32", result["float32_copy"])
-    for part in (result, result["float32_copy"]):
+    parts = [(f"{result['model']}: the file itself", result)]
+    if args.float32:
+        parts.append((f"{result['model']}: the same weights as float32", result["float32_copy"]))
+    for title, part in parts:
+        show(title, part)
         del part["rows"]
     print(json.dumps(result))
 

@@ -25,9 +25,7 @@ from openglm.quant import QuantSpec, quantise
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(8, 32, True), QuantSpec(4, 32, False), QuantSpec(4, None, True)])
-def test_quantised_layers_compute_with_the_dequantised_matrix(
-    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantised_layers_compute_with_the_dequantised_matrix(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openglm.model.linear.CPU_BLOCK_ELEMENTS", 64 * 7)  # several blocks, the last one ragged
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(45, 64, generator=generator)
@@ -96,6 +94,7 @@ def test_rotary_fields_of_hugging_face_configs(change: dict[str, Any], rope: Rop
     ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
     ({"model_type": "chatglm"}, "lacks"),
+    ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 of a llama"),
     ({"model_type": "glm4", "rope_scaling": {"type": "yarn", "beta_fast": 16, **YARN}}, "YaRN with beta_fast"),
 ])  # fmt: skip
 def test_configs_that_no_decoder_here_computes(change: dict[str, Any], words: str) -> None:
@@ -182,12 +181,10 @@ class Bomb:
         return (Path.touch, (Path("bombed"),))
 
 
-def test_pickled_code_is_refused_and_never_run(
-    chatglm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_code_is_refused_and_never_run(chatglm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"transformer.x": Bomb()}, chatglm2 / SECOND)
-    with pytest.raises(ValueError, match="holds more than tensors and is refused, nothing of it was run"):
+    with pytest.raises(ValueError, match=r"is refused, nothing of it was run \(it names \S+\)$"):
         open_model(chatglm2)
     (chatglm2 / SECOND).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=SECOND):
@@ -250,6 +247,17 @@ def test_config_field_of_presets_matches_released_shapes() -> None:
     _, config = released_config(published, Path("x"), names, lambda name: ())
     assert config == preset("glm-4-9b-chat")
     assert isinstance(config, GLMConfig)
+
+
+def test_fields_that_a_chatglm2_config_leaves_out() -> None:
+    """As ChatGLMConfig defines them: no groups of queries; the bias is there where the file holds one."""
+    bias = "transformer.encoder.layers.0.self_attention.query_key_value.bias"
+    least = {"model_type": "chatglm", "padded_vocab_size": 320, "hidden_size": 64, "num_layers": 1,
+             "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 172}  # fmt: skip
+    for names in (frozenset({bias}), frozenset[str]()):
+        _, config = released_config(least, Path("x"), names, lambda name: ())
+        assert (config.n_kv_heads, config.max_seq_len, config.norm_eps) == (4, 2048, 1e-5)
+        assert config.qkv_bias == bool(names)
 
 
 def test_forms_that_the_packed_layout_cannot_hold() -> None:

@@ -42,11 +42,12 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
     Raises ValueError for an unknown architecture (listing the known ones) and for what no decoder here computes.
     """
     kind = c.get("model_type")
+    c = {**_HF_DEFAULTS.get(str(kind), {}), **c}
     try:
         if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
             return "chatglm-6b", _chatglm_6b(c, shape)
         if kind == "chatglm":
-            return "chatglm2", _chatglm2(c, folder)
+            return "chatglm2", _chatglm2(c, folder, names)
         if kind in ("glm", "glm4"):
             return f"hf-{kind}", _hf_glm(c, kind, names)
         if kind in ("llama", "qwen2"):
@@ -71,7 +72,7 @@ def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
     )  # fmt: skip
 
 
-def _chatglm2(c: Mapping[str, Any], folder: Path) -> GLMConfig:
+def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str]) -> GLMConfig:
     for field, only in (("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
                         ("apply_residual_connection_post_layernorm", False)):  # fmt: skip
         if c.get(field, only) is not only:
@@ -82,9 +83,10 @@ def _chatglm2(c: Mapping[str, Any], folder: Path) -> GLMConfig:
         ratio, scale = 1.0, ratio
     return GLMConfig(
         vocab_size=c["padded_vocab_size"], dim=c["hidden_size"], n_layers=c["num_layers"], n_heads=heads,
-        n_kv_heads=c["multi_query_group_num"] if c.get("multi_query_attention", True) else heads,
-        head_dim=c["kv_channels"], ffn_dim=c["ffn_hidden_size"], max_seq_len=c["seq_length"],
-        norm_eps=c["layernorm_epsilon"], qkv_bias=c.get("add_qkv_bias", True),
+        n_kv_heads=c.get("multi_query_group_num", 1) if c.get("multi_query_attention", False) else heads,
+        head_dim=c["kv_channels"], ffn_dim=c["ffn_hidden_size"],
+        max_seq_len=c.get("seq_length", 2048), norm_eps=c.get("layernorm_epsilon", 1e-5),
+        qkv_bias=c.get("add_qkv_bias", "transformer.encoder.layers.0.self_attention.query_key_value.bias" in names),
         rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
         tie_embeddings=bool(c.get("tie_word_embeddings", False)),
     )  # fmt: skip
@@ -117,10 +119,20 @@ def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
         context = int(scaling.get("original_max_position_embeddings") or c["max_position_embeddings"])
         known = {"rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta",
                  "partial_rotary_factor"}  # fmt: skip
-        if extra := sorted(set(scaling) - known):
+        if extra := sorted(name for name, value in scaling.items() if name not in known and value is not None):
             raise ValueError(f"config.json: YaRN with {extra[0]} is not supported: only factor and original context")
         return RopeConfig(theta=theta, fraction=fraction, yarn_factor=float(scaling["factor"]), yarn_context=context)
     raise ValueError(f"config.json: rope_scaling of type {kind!r} is not supported; known: default, linear, yarn")
+
+
+# What an absent field means, as the configs of transformers define it; they may leave such fields out of the file.
+_GLM_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128,
+}  # fmt: skip
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "glm": _GLM_DEFAULTS, "glm4": _GLM_DEFAULTS, "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+}  # fmt: skip
 
 
 def _hf_shape(c: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
@@ -149,7 +161,9 @@ def _hf_llama(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConf
     if kind == "qwen2" and c.get("use_sliding_window") and c.get("max_window_layers", 0) < c["num_hidden_layers"]:
         raise ValueError("config.json: use_sliding_window is not supported: set it to false to see all tokens")
     fraction = c.get("partial_rotary_factor", (c.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0))
-    return GLMConfig(**_hf_shape(c, names), rope=_rope(c, fraction))
+    if fraction != 1.0:  # versions of transformers differ in whether they obey it
+        raise ValueError(f"config.json: partial_rotary_factor {fraction} of a {kind} model is not supported: only 1.0")
+    return GLMConfig(**_hf_shape(c, names), rope=_rope(c, 1.0))
 
 
 def sat_config(args: Mapping[str, Any], names: frozenset[str], shape: Shape) -> tuple[str, GLMConfig]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,8 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if "Unsupported" not in str(error) else "it calls code"
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {found[1]}" if found else "it is no plain pickle"
         raise ValueError(f"{path} holds more than tensors and is refused, nothing of it was run ({reason})") from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): fetch it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,32 @@ def test_a_saved_folder_loads_as_it_lies(name: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path, max_shard_size="60KB")
     opened = open_model(tmp_path)
     assert opened.config == GLMConfig(**{**OURS, **ours})
+    ids = torch.randint(0, 131, (30,)).tolist()
+    engine = Engine(build_transformer(opened, dtype=torch.float32), {})
+    torch.testing.assert_close(engine.logits(ids), reference(torch.tensor([ids])).logits[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prefix", ["Glm", "Glm4", "Llama", "Qwen2"])
+def test_fields_that_a_config_leaves_out(prefix: str, tmp_path: Path) -> None:
+    """Those at the default of their class need not be in the file, and rope_theta may stand by itself."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    torch.manual_seed(3)
+    kind = getattr(transformers, f"{prefix}Config")
+    small = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 88,
+             "num_attention_heads": 32 if prefix == "Qwen2" else 4, "pad_token_id": None}  # fmt: skip
+    reference = getattr(transformers, f"{prefix}ForCausalLM")(kind(**small)).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written, default = json.loads(file.read_text()), kind().to_dict()
+    rope = written.pop("rope_parameters")
+    kept = ("model_type", "num_attention_heads")
+    left = {name: value for name, value in written.items() if name in kept or default.get(name) != value}
+    if prefix == "Llama":  # its default of key-value heads is as many as heads, and of a head's width their share
+        left = {name: value for name, value in left.items() if name not in ("num_key_value_heads", "head_dim")}
+    assert "rms_norm_eps" not in left and "max_position_embeddings" not in left
+    file.write_text(json.dumps(left | {"rope_theta": rope["rope_theta"]}))
+    opened = open_model(tmp_path)
+    assert opened.config.max_seq_len == default["max_position_embeddings"]
     ids = torch.randint(0, 131, (30,)).tolist()
     engine = Engine(build_transformer(opened, dtype=torch.float32), {})
     torch.testing.assert_close(engine.logits(ids), reference(torch.tensor([ids])).logits[0], rtol=0, atol=2e-5)
