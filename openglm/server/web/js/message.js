@@ -92,16 +92,20 @@ export class MessageView {
       this.body.append(card.element);
       return { draw: () => card.update() };
     }
-    const prose = h("div", { class: "prose", lang: languageOf(part.text) });
+    const prose = h("div", { class: "prose" });
     const live = new LiveMarkdown(prose);
+    const write = (ended) => {
+      prose.lang = languageOf(part.text);
+      live.update(part.text, ended);
+    };
     if (part.type === "text") {
       this.body.append(prose);
-      return { draw: (ended) => live.update(part.text, ended) };
+      return { draw: write };
     }
     const summary = h("summary", {}, h("span", { text: t("thinking") }));
     this.body.append(h("details", { class: "thought" }, summary, prose));
     const draw = (ended) => {
-      live.update(part.text, ended);
+      write(ended);
       const n = (part.seconds ?? 0).toFixed(part.seconds < 10 ? 1 : 0);
       if (ended) summary.firstChild.textContent = part.seconds ? t("thoughtFor", { n }) : t("thought");
     };
