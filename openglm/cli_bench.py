@@ -87,6 +87,11 @@ def _machine(engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    for name, text in rows:
+        print(f"  {name:<12} {text}")
+
+
 def generate_print(value: dict[str, Any]) -> None:
     kernels = f"native kernels ({value['isa']})" if value["runner"] == "native" else "PyTorch's operators"
     requests = "1 request" if value["batch"] == 1 else f"{value['batch']} requests side by side"
@@ -101,8 +106,7 @@ def generate_print(value: dict[str, Any]) -> None:
         ("bandwidth", f"decoding reads weights at {read} measured"),
         ("memory", f"{value['peak_rss_bytes'] / 1e6:,.1f} MB at most"),
     ]
-    for name, text in rows:
-        print(f"  {name:<12} {text}")
+    _print_rows(rows)
 
 
 # -------------------------------------------------------------------- bench train
@@ -152,5 +156,4 @@ def train_print(value: dict[str, Any]) -> None:
     ]
     if "device_peak_bytes" in value:
         rows.insert(3, ("on the GPU", f"{value['device_peak_bytes'] / 1e6:,.1f} MB at most"))
-    for name, text in rows:
-        print(f"  {name:<12} {text}")
+    _print_rows(rows)

@@ -1,4 +1,4 @@
-// The kernels, written once over the vectors of simd.h. `Table<S>()` gives them for one instruction set.
+// The kernels, written once over the vectors of simd.h. `table<S>()` (attention.h) gives them for one instruction set.
 //
 // Every output element is computed in an order that depends on its own row and token alone, never on how many tokens
 // or rows are computed beside it: results do not depend on company.

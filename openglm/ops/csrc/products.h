@@ -99,7 +99,7 @@ const int64_t AHEAD = 4096;
 template <class S, int KIND, bool G16, bool MIN, int MT>
 void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, int64_t tile, typename S::F *acc) {
   const int R = S::lanes, TS = S::tokens, HALVES = G16 ? 2 : 1;
-  // a->minus counts from -128
+  // a->minus is for weights that count from -128: stored INT4 counts from -8 and INT6 from -32.
   const int shift = KIND == OG_INT4 ? 4 : KIND == OG_INT6 ? 2 : 0;
   const bool counted = !MIN && (KIND != OG_INT8 || S::unsigned8);
   const int64_t bytes = block_bytes<KIND, R>(), blocks = a->blocks, per_group = G16 ? 1 : w->group / 32;
@@ -196,7 +196,7 @@ void unpack_panel(const OgMatrix *w, int64_t blocks, int64_t row_block, int64_t 
   }
 }
 
-// A panel with one tile; acc (NR, tokens, lanes) goes on from what it holds.
+// A panel with one tile; sums (NR, tokens, lanes) go on from what they hold.
 template <class S, bool G16, bool MIN, int NR>
 void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int64_t first, int64_t n, float *sums) {
   const int R = S::lanes, TS = S::tokens, HALVES = G16 ? 2 : 1, QUADS = 8 / HALVES;
