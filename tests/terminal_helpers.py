@@ -47,35 +47,45 @@ class Terminal:
     def press(self, keys: str | bytes) -> None:
         os.write(self._leader, keys.encode() if isinstance(keys, str) else keys)
 
+    def _read(self, seconds: float) -> bool:
+        """Whether something came from the program within the time; nothing comes from one that ended."""
+        if not select.select([self._leader], [], [], seconds)[0]:
+            return False
+        try:
+            data = os.read(self._leader, 65536)
+        except OSError:
+            data = b""
+        self.raw += data
+        self._stream.feed(data)
+        return bool(data)
+
     def wait(self, enough: str | Callable[[str], bool], seconds: float = 120.0) -> str:
         """Until the text is on the screen, or what is there is enough; returns it."""
         done = (lambda text: enough in text) if isinstance(enough, str) else enough
         until = time.monotonic() + seconds
         while not done(self.text):
             assert time.monotonic() < until, f"gave up waiting for {enough!r}; on the screen:\n{self.text}"
-            if select.select([self._leader], [], [], 0.2)[0]:
-                try:
-                    data = os.read(self._leader, 65536)
-                except OSError:
-                    data = b""
-                assert data, f"the program ended; on the screen:\n{self.text}"
-                self.raw += data
-                self._stream.feed(data)
+            if not self._read(0.2):
+                assert self.process.poll() is None or self._read(0.2), f"the program ended; on the screen:\n{self.text}"
         return self.text
 
     def wait_prompt(self, n: int) -> str:
         """Until the n-th prompt has come."""
         return self.wait(lambda text: sum(line.startswith("you>") for line in text.splitlines()) >= n)
 
+    def _at_prompt(self, text: str) -> bool:
+        return self.screen.display[self.screen.cursor.y].startswith("you>")
+
     def leave(self) -> int:
-        self.press(b"\x04")
+        """Ctrl-D at the prompt: before it the terminal takes the key for the end of a line that nobody reads."""
+        self.wait(self._at_prompt)
         until = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < until:
-            if select.select([self._leader], [], [], 0.1)[0]:
-                try:
-                    os.read(self._leader, 65536)
-                except OSError:
-                    break
+            self.press(b"\x04")
+            again = time.monotonic() + 5
+            while self.process.poll() is None and time.monotonic() < again:
+                if not self._read(0.1):
+                    time.sleep(0.02)
         return self.process.wait(timeout=60)
 
 
