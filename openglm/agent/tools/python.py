@@ -6,6 +6,7 @@ python -m openglm.agent.tools.python "import math; math.factorial(30)"
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from pathlib import Path
@@ -16,27 +17,35 @@ from openglm.agent.sandbox import ExecutionResult, Sandbox, SandboxConfig
 from openglm.agent.sandbox_pool import SandboxPool
 from openglm.types import Observation, ToolContext, ToolSpec
 
-__all__ = ["PythonTool"]
+__all__ = ["UNSAFE", "PythonTool"]
 
+log = logging.getLogger(__name__)
 MAX_TRACEBACK = 3000  # characters of it that the model is shown
 DESCRIPTION = (
     "Runs Python code and returns what it prints, the value of its last expression, and pictures it plots. Variables "
-    "stay until the end of the conversation. numpy, pandas, matplotlib, sympy and scipy are there; the network is not. "
-    "Files are read and written in the current folder."
+    "stay until the end of the conversation. numpy, pandas, matplotlib, sympy and scipy are there. Files are read and "
+    "written in the current folder."
 )
+ISOLATED = "There is no network."
+UNSAFE = "--unsafe-python: Python code of the model runs WITHOUT ISOLATION, with all rights of this user"
+UNSAFE_DESCRIPTION = "It runs WITHOUT ISOLATION on the user's machine: touch nothing that the task does not need."
 
 
 class PythonTool:
     """A Tool that runs the model's code, one sandbox for each conversation; see SandboxConfig for what it may use.
 
     SandboxUnavailable (a ValueError) where nothing can isolate the code. folder: keeps the files of conversations.
+    note: what people must know of it where it is offered, or nothing.
     """
-
-    spec = ToolSpec("python", DESCRIPTION, ToolSpec.of_builtin("python").parameters, builtin=True)
 
     def __init__(self, config: SandboxConfig | None = None, folder: Path | None = None) -> None:
         self.config = config or SandboxConfig()
         find_isolation(self.config)
+        self.note = UNSAFE if self.config.unsafe_python else ""
+        if self.note:
+            log.warning(self.note)
+        text = f"{DESCRIPTION} {UNSAFE_DESCRIPTION if self.note else ISOLATED}"
+        self.spec = ToolSpec("python", text, ToolSpec.of_builtin("python").parameters, builtin=True)
         self.pool = SandboxPool(self.config, folder)
 
     @staticmethod

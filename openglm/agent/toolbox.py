@@ -1,0 +1,109 @@
+"""The tools of an agent: which are ready here, and why the others are not.
+
+    openglm tools            lists them
+
+One table, BUILTIN, holds the tools that come with the package: a function each, that makes the tool as ToolboxConfig
+says, says why there is none here, or returns None where it is not wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from openglm.agent.sandbox_config import SandboxConfig
+from openglm.types import StatefulTool, Tool
+
+__all__ = ["BUILTIN", "Missing", "Row", "Toolbox", "ToolboxConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolboxConfig:
+    """Which tools an agent has.
+
+    python: the Python tool, True for its default limits. unsafe_python: it runs without isolation, with all rights of
+    this user. folder: keeps the files of conversations (None: they go with the toolbox).
+    """
+
+    python: bool | SandboxConfig = True
+    unsafe_python: bool = False
+    folder: Path | None = None
+
+
+class Row(NamedTuple):
+    """One line of the list of tools. note: what people must know of a tool that is ready, or why another is not."""
+
+    name: str
+    description: str
+    ready: bool
+    note: str
+
+
+class Missing(NamedTuple):
+    """A tool that is not ready: its name, why, and what helps."""
+
+    name: str
+    why: str
+    remedy: str
+
+
+def _python(config: ToolboxConfig) -> Tool | Missing | None:
+    if config.python is False:
+        return None
+    from openglm.agent.tools.python import PythonTool
+
+    sandbox = SandboxConfig() if config.python is True else config.python
+    sandbox = replace(sandbox, unsafe_python=sandbox.unsafe_python or config.unsafe_python)
+    if why := PythonTool.why_not(sandbox):
+        return Missing("python", why, "docs/TOOLS.md, or --unsafe-python: code of the model then has all your rights")
+    return PythonTool(sandbox, config.folder)
+
+
+BUILTIN: tuple[Callable[[ToolboxConfig], Tool | Missing | None], ...] = (_python,)
+
+
+class Toolbox:
+    """tools: those that are ready, with names of their own. missing: the others. Close it when it is done with.
+
+    ValueError for what the user named and cannot be used.
+    """
+
+    def __init__(self, config: ToolboxConfig | None = None) -> None:
+        self.config = config or ToolboxConfig()
+        self.tools: list[Tool] = []
+        self.missing: list[Missing] = []
+        for make in BUILTIN:
+            made = make(self.config)
+            if isinstance(made, Missing):
+                self.missing.append(made)
+            elif made is not None:
+                self.tools.append(made)
+
+    def rows(self) -> list[Row]:
+        """The list for people: tools that are ready, then the others."""
+        ready = [Row(t.spec.name, t.spec.description, True, getattr(t, "note", "")) for t in self.tools]
+        return ready + [Row(m.name, "", False, f"{m.why} ({m.remedy})") for m in self.missing]
+
+    async def end(self, conversation: str) -> None:
+        """Let go of what the tools hold for one conversation."""
+        for tool in self.tools:
+            if isinstance(tool, StatefulTool):
+                await tool.end(conversation)
+
+    async def close(self) -> None:
+        """Let go of all processes, connections and files; an error of one tool does not keep the others."""
+        failed: list[Exception] = []
+        for tool in self.tools:
+            if isinstance(tool, StatefulTool):
+                try:
+                    await tool.close()
+                except Exception as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def check_integrity(self) -> None:
+        names = [tool.spec.name for tool in self.tools]
+        assert len(set(names)) == len(names), "two tools of one name"

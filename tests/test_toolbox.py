@@ -1,0 +1,86 @@
+"""The tools of an agent put together: what is ready, what is not and why, and that all is let go.
+
+python -m pytest tests/test_toolbox.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from openglm.agent import toolbox
+from openglm.agent.isolation import Bubblewrap, missing_packages
+from openglm.agent.toolbox import Missing, Toolbox, ToolboxConfig
+from openglm.agent.tools.python import PythonTool
+from openglm.types import Observation, ToolContext, ToolSpec
+
+
+def run(code: str, box: Toolbox) -> Observation:
+    async def go() -> Observation:
+        try:
+            return await box.tools[0].call({"code": code}, ToolContext())
+        finally:
+            await box.close()
+
+    return asyncio.run(go())
+
+
+def test_python_is_isolated_or_missing_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "no isolation on this machine"
+    monkeypatch.setattr(PythonTool, "why_not", staticmethod(lambda config=None: reason))
+    box = Toolbox()
+    assert box.tools == [] and [m.name for m in box.missing] == ["python"]
+    row = box.rows()[0]
+    assert not row.ready and reason in row.note and "--unsafe-python" in row.note
+    assert Toolbox(ToolboxConfig(python=False)).missing == []
+
+
+@pytest.mark.skipif(bool(Bubblewrap().why_not()), reason="no sandbox here")
+def test_the_python_tool_of_a_toolbox_runs_in_the_sandbox() -> None:
+    box = Toolbox()
+    box.check_integrity()
+    assert "no network" in box.tools[0].spec.description and box.rows()[0].note == ""
+    assert run("import os; 6 * 7, os.getuid()", box).content == "(42, 1000)"
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="no kernel here")
+def test_python_without_isolation_is_loud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        box = Toolbox(ToolboxConfig(unsafe_python=True))
+    assert any("WITHOUT ISOLATION" in record.getMessage() for record in caplog.records)
+    assert "WITHOUT ISOLATION" in box.tools[0].spec.description and "WITHOUT ISOLATION" in box.rows()[0].note
+    assert run("6 * 7", box).content == "42"
+
+
+class Held:
+    """A tool that holds something."""
+
+    def __init__(self, name: str, fails: bool = False) -> None:
+        self.spec = ToolSpec(name, "", {})
+        self.fails, self.ended, self.closed = fails, [""], False
+
+    async def call(self, arguments: dict[str, Any], context: ToolContext) -> Observation:
+        return Observation("")
+
+    async def end(self, conversation: str) -> None:
+        self.ended.append(conversation)
+
+    async def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise RuntimeError("stuck")
+
+
+def test_all_tools_are_closed_even_when_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Held("a", fails=True), Held("b")
+    monkeypatch.setattr(toolbox, "BUILTIN", (lambda c: first, lambda c: Missing("c", "why", "how"), lambda c: second))
+    box = Toolbox()
+    assert [row.name for row in box.rows()] == ["a", "b", "c"] and box.rows()[2].note == "why (how)"
+    asyncio.run(box.end("x"))
+    assert first.ended[-1] == second.ended[-1] == "x"
+    with pytest.raises(RuntimeError, match="stuck"):
+        asyncio.run(box.close())
+    assert first.closed and second.closed
