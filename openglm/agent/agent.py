@@ -1,0 +1,324 @@
+"""Agent: a model that decides by itself when and which tool to use, until the task is done.
+
+    from openglm.agent.agent import Agent
+    from openglm.agent.tools.python import PythonTool
+
+    agent = Agent(openglm.load("model"), [PythonTool()])
+    print(agent.run_sync([{"role": "user", "content": "What is 123456789 squared?"}]).answer)
+
+    async for event in agent.run(messages, conversation="a", temperature=0.2): ...     # events as they happen
+
+The backend is any ChatBackend: a model in this process, or a server at a URL. Ending the iteration early, or cancelling
+its task, stops the model and every tool that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from openglm.agent.dispatch import Approve, Dispatcher, argument_error
+from openglm.agent.events import (
+    AgentConfig,
+    AgentEvent,
+    Answered,
+    Called,
+    Finished,
+    Outcome,
+    Planned,
+    Stop,
+)
+from openglm.agent.http_backend import stream_async
+from openglm.agent.prompts import LAST_CALL, PLAN_REQUEST, REPAIR_REQUEST, TIME_IS_UP, language_of, system_text
+from openglm.agent.turn import Turn
+from openglm.types import ChatBackend, Event, Grammar, Message, StatefulTool, Tool, ToolCall, ToolSpec, Usage
+
+if TYPE_CHECKING:
+    from openglm.agent.trace import TraceWriter
+
+__all__ = ["Agent"]
+
+
+class Agent:
+    """tools: what the agent runs itself. external: what the caller runs: a run ends where one of them is called.
+
+    approve: asks the user whether a call may run, where the policy says so. May serve several conversations at once.
+    """
+
+    def __init__(
+        self,
+        backend: ChatBackend,
+        tools: Sequence[Tool] = (),
+        config: AgentConfig | None = None,
+        *,
+        external: Sequence[ToolSpec] = (),
+        approve: Approve | None = None,
+    ) -> None:
+        self.backend, self.tools, self.config = backend, list(tools), config or AgentConfig()
+        self.external, self._approve = list(external), approve
+        names = [tool.spec.name for tool in self.tools] + [spec.name for spec in self.external]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(f"two tools are named {name!r}: leave one out, or rename it")
+
+    async def run(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        conversation: str = "default",
+        trace: TraceWriter | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[AgentEvent]:
+        """Events until the last one, Finished. messages: the conversation, which ends with what is to be answered.
+
+        conversation: names the state of the tools. trace: is written every event. sampling: fields of SamplingParams,
+        for each answer. Raises ValueError for what the backend cannot be asked.
+        """
+        queue: asyncio.Queue[AgentEvent | None] = asyncio.Queue()
+        parsed = [
+            m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)
+        ]
+        if not parsed:
+            raise ValueError("messages is empty: give at least the user's")
+
+        def emit(event: AgentEvent) -> None:
+            if trace is not None:
+                trace.write(event)
+            queue.put_nowait(event)
+
+        if trace is not None:
+            trace.begin(self, parsed, sampling)
+        record = _unrecorded if trace is None else trace.write
+        run = _Run(self, parsed, conversation, emit, record, sampling)
+        task = asyncio.create_task(run.work())
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if trace is not None:
+                trace.close()
+
+    def run_sync(
+        self, messages: Sequence[Message | Mapping[str, Any]], conversation: str = "default", **sampling: Any
+    ) -> Outcome:
+        """What came of a whole run, for programs without asyncio. The tools keep their state: see `close`."""
+
+        async def whole() -> Outcome:
+            async for event in self.run(messages, conversation, **sampling):
+                if isinstance(event, Finished):
+                    return event.outcome
+            raise AssertionError("a run ends with Finished")
+
+        return asyncio.run(whole())
+
+    async def end(self, conversation: str) -> None:
+        """Let go of what the tools hold for a conversation."""
+        for tool in self.tools:
+            if isinstance(tool, StatefulTool):
+                await tool.end(conversation)
+
+    async def close(self) -> None:
+        """Let go of everything that the tools hold."""
+        for tool in self.tools:
+            if isinstance(tool, StatefulTool):
+                await tool.close()
+
+
+def _unrecorded(answer: Answered) -> None:
+    """Of a run without a trace."""
+
+
+class _Run:
+    """One run: its conversation and what is spent. record: told of each answer as the backend gave it."""
+
+    def __init__(
+        self, agent: Agent, messages: list[Message], conversation: str, emit: Callable[[AgentEvent], None],
+        record: Callable[[Answered], None], sampling: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
+        self._sampling = {name: value for name, value in sampling.items() if value is not None}
+        self._messages = messages
+        self._calls = Dispatcher(agent.tools, agent.config, conversation, agent._approve, emit)
+        self._open: list[ToolCall] = []  # calls without a result yet
+        self._pending: tuple[ToolCall, ...] = ()
+        self._wrong: dict[str, int] = {}  # calls of a tool in a row whose arguments did not fit
+        self._n_rounds = self._n_prompt = self._n_drawn = 0
+        self._turn: Turn | None = None
+
+    async def work(self) -> None:
+        started = time.monotonic()
+        stop: Stop
+        try:
+            async with asyncio.timeout(self._config.time_s):
+                self._begin()
+                if self._config.plan:
+                    await self._plan()
+                stop = await self._rounds()
+        except TimeoutError:
+            stop = "time"
+            self._close_turn()
+        answer = next((m.content for m in reversed(self._messages) if m.role == "assistant"), "")
+        self._emit(
+            Finished(
+                Outcome(
+                    answer, stop, tuple(self._messages), tuple(self._calls.records), self._pending, self._n_rounds,
+                    Usage(self._n_prompt, self._n_drawn), time.monotonic() - started,
+                )
+            )
+        )  # fmt: skip
+
+    def _begin(self) -> None:
+        if self._messages[0].role == "system":
+            return
+        system = self._config.system
+        if system is None:
+            system = system_text(self._agent.tools, language_of(self._messages))
+        if system:
+            self._messages.insert(0, Message("system", system))
+
+    def _close_turn(self) -> None:
+        """What was said until the time was up stays; calls that were running have a result all the same."""
+        if self._turn is not None:
+            self._turn.finish()
+            said = self._turn.message
+            self._turn = None
+            if said.content or said.reasoning:
+                self._messages.append(dataclasses.replace(said, tool_calls=()))
+        self._messages += [Message("tool", TIME_IS_UP, (), call.id, call.name) for call in self._open]
+
+    # ---------------------------------------------------------------- rounds
+
+    async def _rounds(self) -> Stop:
+        circles = 0
+        for number in range(1, self._config.n_rounds + 1):
+            message = await self._answer(number)
+            if not message.tool_calls:
+                return "length" if self._cut_off else "answer"
+            external = {spec.name for spec in self._agent.external}
+            own = [call for call in message.tool_calls if call.name not in external]
+            self._pending = tuple(call for call in message.tool_calls if call.name in external)
+            self._open = list(own)
+            records = await self._calls.run(own)
+            self._open = []
+            circles = circles + 1 if records and all(r.status == "repeated" for r in records) else 0
+            results = [Message("tool", r.observation.content, (), r.call.id, r.call.name) for r in records]
+            if results and number == self._config.n_rounds - 1:
+                note = LAST_CALL[language_of(self._messages)]
+                results[-1] = dataclasses.replace(results[-1], content=f"{results[-1].content}\n{note}")
+            self._messages += results
+            if self._pending:
+                return "calls"
+            if self._n_drawn >= self._config.max_tokens:
+                return "tokens"
+            if circles == 2:
+                return "repeats"
+        return "rounds"
+
+    async def _answer(self, number: int) -> Message:
+        """The model's next message, with the arguments of its calls put right where that can be done."""
+        specs = [*self._calls.specs, *self._agent.external]
+        turn = self._turn = Turn(number, specs, self._emit)
+        self._n_rounds = number
+        async with aclosing(self._stream(self._messages, specs)) as events:
+            async for event in events:
+                turn.feed(event)
+        turn.finish()
+        self._cut_off = turn.cut_off
+        message, self._turn = turn.message, None
+        calls = [await self._checked(call, number) for call in message.tool_calls]
+        message = dataclasses.replace(message, tool_calls=tuple(calls))
+        self._messages.append(message)
+        return message
+
+    async def _stream(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], **more: Any
+    ) -> AsyncGenerator[Event]:
+        """Events of one answer, which are counted and recorded."""
+        left = max(1, self._config.max_tokens - self._n_drawn)
+        limit = min(left, self._sampling.get("max_new_tokens", left))
+        sampling = {**self._sampling, "max_new_tokens": limit, **more}
+        pieces: list[tuple[str, str]] = []
+        finish, usage, n_drawn, whole = None, None, 0, False
+        try:
+            async with aclosing(stream_async(self._agent.backend, messages, tools or None, **sampling)) as events:
+                async for event in events:
+                    n_drawn += len(event.token_ids)
+                    finish, usage = event.finish_reason or finish, event.usage or usage
+                    _add_pieces(pieces, event)
+                    yield event
+            whole = True
+        finally:
+            spent = usage or Usage(0, n_drawn)
+            self._n_prompt += spent.prompt_tokens
+            self._n_drawn += spent.completion_tokens
+            self._record(Answered(tuple(pieces), finish, spent, whole))
+
+    async def _text(self, messages: Sequence[Message], **more: Any) -> str:
+        """An answer that is no part of the conversation."""
+        text: list[str] = []
+        async with aclosing(self._stream(messages, (), **more)) as events:
+            async for event in events:
+                text.append(event.text)
+        return "".join(text)
+
+    async def _plan(self) -> None:
+        """Asks for a plan, and puts it in front of the conversation."""
+        language = language_of(self._messages)
+        names = ", ".join(tool.spec.name for tool in self._agent.tools)
+        question = PLAN_REQUEST[language].format(tools=names)
+        plan = (await self._text([*self._messages, Message("user", question)])).strip()
+        if not plan:
+            return
+        self._emit(Planned(plan))
+        heading = {"zh": "计划：", "en": "The plan:"}[language]
+        first = self._messages[0]
+        if first.role == "system":
+            self._messages[0] = dataclasses.replace(first, content=f"{first.content}\n\n{heading}\n{plan}")
+        else:
+            self._messages.insert(0, Message("system", f"{heading}\n{plan}"))
+
+    # ---------------------------------------------------------------- wrong calls
+
+    async def _checked(self, call: ToolCall, number: int) -> ToolCall:
+        """The call, as it will be made. A tool's second wrong call in a row gets its arguments drawn to the schema."""
+        spec = self._calls.spec(call.name)
+        problem = None if spec is None else argument_error(call, spec)
+        self._wrong[call.name] = self._wrong.get(call.name, 0) + 1 if problem else 0
+        repaired = None
+        if spec is not None and problem and self._wrong[call.name] > 1:
+            repaired = await self._repaired(call, spec, problem)
+        self._emit(Called(repaired or call, number, repaired is not None))
+        return repaired or call
+
+    async def _repaired(self, call: ToolCall, spec: ToolSpec, problem: str) -> ToolCall | None:
+        """The call with arguments that the schema's grammar lets through; None where there is no such grammar."""
+        schema = json.dumps(dict(spec.parameters), ensure_ascii=False)
+        request = REPAIR_REQUEST[language_of(self._messages)].format(
+            name=call.name, arguments=call.arguments[:2000], problem=problem, schema=schema
+        )
+        try:
+            text = await self._text([*self._messages, Message("user", request)], grammar=Grammar("json_schema", schema))
+        except ValueError:  # the backend has no grammars, or not for this schema
+            return None
+        better = dataclasses.replace(call, arguments=text.strip())
+        return None if argument_error(better, spec) else better
+
+
+def _add_pieces(pieces: list[tuple[str, str]], event: Event) -> None:
+    """What an event holds, joined to the last piece where that is of the same kind."""
+    for kind, text in (("reasoning", event.reasoning), ("text", event.text)):
+        if text and pieces and pieces[-1][0] == kind:
+            pieces[-1] = (kind, pieces[-1][1] + text)
+        elif text:
+            pieces.append((kind, text))
+    if event.tool_call is not None:
+        call = event.tool_call
+        pieces.append(("call", json.dumps([call.name, call.arguments], ensure_ascii=False)))

@@ -1,0 +1,66 @@
+"""What an agent tells the model in words, in English and Chinese."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from openglm.types import Message, Tool
+
+__all__ = [
+    "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "language_of", "system_text",
+]  # fmt: skip
+
+Language = Literal["en", "zh"]
+
+OPENING = {
+    "en": "You are a helpful assistant with tools. Decide yourself whether a question needs a tool; answer simple "
+    "questions and small talk without one. Use what the tools return, and say so if it does not answer the question.",
+    "zh": "你是一个能使用工具的助手。请自行判断问题是否需要工具；简单的问题和闲聊直接回答。"
+    "请根据工具返回的内容回答；如果其中没有答案，请如实说明。",
+}
+HINTS = {
+    "python": {
+        "en": "Calculate with python, not in your head; print the result.",
+        "zh": "需要计算时用 python 算，不要心算，并用 print 输出结果。",
+    },
+    "search": {
+        "en": "Look facts up with search, open the page, and cite it as 【number†title】.",
+        "zh": "查找事实时先 search，再打开网页，并以【编号†标题】的形式注明来源。",
+    },
+    "cogview": {
+        "en": "Draw with cogview only when a picture is asked for.",
+        "zh": "只有用户要图片时才用 cogview 画图。",
+    },
+}
+LAST_CALL = {
+    "en": "(No more calls are possible. Answer now with what is known.)",
+    "zh": "（不能再调用工具了。请根据已知的内容直接回答。）",
+}
+TIME_IS_UP = "The time was up before there was a result."
+PLAN_REQUEST = {
+    "en": "Before you begin: write a short plan for this task, one numbered line for each step, and say which of these "
+    "tools each step needs, if any: {tools}. Write only the plan.",
+    "zh": "开始之前，请为这个任务写一个简短的计划：每一步一行，带编号，"
+    "并说明该步骤是否需要以下工具之一：{tools}。只写计划。",
+}
+REPAIR_REQUEST = {
+    "en": "Your call of {name} with the arguments {arguments} was wrong: {problem}. Write its arguments again as one "
+    "JSON object that fits this schema, and nothing else: {schema}",
+    "zh": "你对 {name} 的调用参数 {arguments} 有误：{problem}。"
+    "请重新写出参数，只写一个符合以下模式的 JSON 对象：{schema}",
+}
+
+
+def language_of(messages: Sequence[Message]) -> Language:
+    """Of what the user said last: Chinese where it has a Chinese character among its first two hundred."""
+    text = next((m.content for m in reversed(messages) if m.role == "user"), "")
+    return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text[:200]) else "en"
+
+
+def system_text(tools: Sequence[Tool], language: Language) -> str:
+    """Instructions for the tools that are there; nothing without tools."""
+    if not tools:
+        return ""
+    names = [tool.spec.name for tool in tools]
+    return " ".join([OPENING[language], *(hint[language] for name, hint in HINTS.items() if name in names)])

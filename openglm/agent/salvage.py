@@ -1,0 +1,173 @@
+"""Calls that a model wrote otherwise than its format says: in a fence, bare, or between tags that are not closed.
+
+    filter = CallFilter(tools)
+    for piece in pieces: show(filter.feed(piece))
+    show(filter.finish()); filter.calls
+
+Small models often wrap a call in a ```json fence. A piece of an answer becomes a call only if it is nothing but JSON
+objects that each name a declared tool and give it an object of arguments. Text that may yet become one is held back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openglm.types import ToolCall, ToolSpec
+
+__all__ = ["CallFilter", "read_calls"]
+
+NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input")
+TAGS = re.compile(r"</?tool_calls?>|<\|/?tool_calls?\|>")
+# What a call may begin with: a fence at the beginning of a line, a tag, a brace where the answer begins.
+FENCE = re.compile(r"(?:^|(?<=\n))[ \t]*```")
+OPENS = ("<tool_call>", "<tool_calls>")
+DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
+FENCED_AS = ("", "json", "tool_call", "tool", "tool_code", "jsonc", "javascript")
+
+
+def read_calls(text: str, tools: Sequence[ToolSpec]) -> list[ToolCall]:
+    """The calls that the text consists of; none if there is anything else in it."""
+    names = {tool.name for tool in tools}
+    rest = TAGS.sub(" ", text).strip()
+    calls: list[ToolCall] = []
+    while rest:
+        try:
+            value, end = DECODER.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        for item in value if isinstance(value, list) else [value]:
+            call = _call(item, names)
+            if call is None:
+                return []
+            calls.append(call)
+        rest = rest[end:].lstrip().removeprefix(",").lstrip()
+    return calls
+
+
+def _call(value: Any, names: set[str]) -> ToolCall | None:
+    if not isinstance(value, Mapping):
+        return None
+    inner = value.get("function")
+    if isinstance(inner, Mapping):  # OpenAI's shape
+        value = inner
+    name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), None)
+    if name not in names:
+        return None
+    arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
+    if isinstance(arguments, str):
+        try:
+            arguments = DECODER.decode(arguments)
+        except (ValueError, RecursionError):
+            return None
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+
+
+class CallFilter:
+    """Splits a stream of text into what is said and what is a call. tools: those that may be called; none: all is said.
+
+    calls: those found so far.
+    """
+
+    def __init__(self, tools: Sequence[ToolSpec]) -> None:
+        self._tools = list(tools)
+        self._held = ""
+        self._closed_at = re.compile(r"\n[ \t]*```")
+        self._said = False  # something other than white space was said
+        self._line_begins = True
+        self._after_call = False  # line breaks behind a call belong to it
+        self.calls: list[ToolCall] = []
+
+    def feed(self, text: str) -> str:
+        """What can be shown of the text so far."""
+        if not self._tools:
+            return text
+        self._held = self._trimmed(self._held + text)
+        out = ""
+        while (step := self._step()) is not None:
+            out += step
+        return out
+
+    def finish(self) -> str:
+        """What was held back and is no call."""
+        rest, self._held = self._held, ""
+        found = read_calls(_unfenced(rest), self._tools) if rest.strip() else []
+        self.calls += found
+        return "" if found else rest
+
+    def _step(self) -> str | None:
+        """One piece decided on; None when more has to come first."""
+        start = self._start()
+        if start:
+            return self._take(start)
+        if not self._held or not self._opened():
+            return None
+        fence = FENCE.match(self._held)
+        if fence is None:
+            return None  # a tag, or a bare object: it is what it is when the answer ends
+        body = self._held[fence.end() :]
+        line, newline, code = body.partition("\n")
+        if not newline and len(line) < 20:
+            return None
+        if line.strip().lower() not in FENCED_AS or (code.strip() and code.lstrip()[0] not in "{[<"):
+            return self._take(fence.end())
+        close = self._closed_at.search(body)
+        if close is None:
+            return None
+        end = fence.end() + close.end()
+        found = read_calls(body[len(line) + 1 : close.start()], self._tools)
+        if not found:
+            return self._take(end)
+        self.calls += found
+        self._after_call, self._line_begins = True, True
+        self._held = self._trimmed(self._held[end:])
+        return ""
+
+    def _trimmed(self, text: str) -> str:
+        if self._after_call:
+            text = text.lstrip("\n")
+            self._after_call = not text
+        return text
+
+    def _opened(self) -> bool:
+        """Whether what is held begins as a call does."""
+        return bool(FENCE.match(self._held) and self._line_begins) or self._held.startswith(OPENS) or (
+            not self._said and self._held.lstrip().startswith(("{", "["))
+        )  # fmt: skip
+
+    def _start(self) -> int:
+        """Characters before the place where a call may begin."""
+        held = self._held
+        if self._opened():
+            return 0
+        if not self._said and not held.strip():
+            return 0  # white space in front of what may be an object
+        places = [held.find(mark) for mark in OPENS if mark in held]
+        places += [m.start() for m in [FENCE.search(held, 1)] if m is not None]
+        if places:
+            return min(places)
+        for length in range(min(len(held), 16), 0, -1):  # the end may yet become a mark
+            tail = held[-length:]
+            fence = re.fullmatch(r"[ \t]*`{0,2}", tail) and (length == len(held) and self._line_begins)
+            fence = fence or re.fullmatch(r"\n[ \t]*`{0,2}", tail)
+            if fence or any(mark.startswith(tail) for mark in OPENS):
+                return len(held) - length
+        return len(held)
+
+    def _take(self, n: int) -> str:
+        taken, self._held = self._held[:n], self._held[n:]
+        self._said = self._said or bool(taken.strip())
+        self._line_begins = taken.endswith("\n") if taken else self._line_begins
+        return taken
+
+
+def _unfenced(text: str) -> str:
+    """Without a fence around it, closed or not."""
+    fence = FENCE.match(text.lstrip("\n"))
+    if fence is None:
+        return text
+    body = text.lstrip("\n")[fence.end() :].partition("\n")[2]
+    return body.rstrip().removesuffix("```")

@@ -1,0 +1,52 @@
+"""One answer of the model: its events as they come, and then its message."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from openglm.agent.events import AgentEvent, Said, Thought
+from openglm.agent.salvage import CallFilter
+from openglm.types import Event, Message, ToolCall, ToolSpec
+
+__all__ = ["Turn"]
+
+
+class Turn:
+    """Collects what a backend streams. tools: those that may be called. emit: told what is said and thought."""
+
+    def __init__(self, number: int, tools: Sequence[ToolSpec], emit: Callable[[AgentEvent], None]) -> None:
+        self.number, self._emit = number, emit
+        self._filter = CallFilter(tools)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[ToolCall] = []
+        self.cut_off = False  # at the limit of tokens
+
+    def feed(self, event: Event) -> None:
+        self.cut_off = self.cut_off or event.finish_reason == "length"
+        if event.reasoning:
+            self._reasoning.append(event.reasoning)
+            self._emit(Thought(event.reasoning))
+        if event.tool_call is not None:
+            self._calls.append(event.tool_call)
+        self._say(self._filter.feed(event.text))
+
+    def finish(self) -> None:
+        """After the last event, or where the stream broke off."""
+        self._say(self._filter.finish())
+        self._calls += self._filter.calls
+        # Ids are unique in the run, whatever the backend gave: a trace, a page and a history refer to calls by them.
+        self._calls = [dataclasses.replace(call, id=f"call_{self.number}_{i}") for i, call in enumerate(self._calls, 1)]
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._emit(Said(text, self.number))
+
+    @property
+    def message(self) -> Message:
+        text = "".join(self._text)
+        return Message(
+            "assistant", text.rstrip() if self._calls else text, tuple(self._calls), reasoning="".join(self._reasoning)
+        )
