@@ -65,6 +65,7 @@ class FakeTool:
         schema = {"type": "object", "properties": dict(properties or {}), "required": list(properties or {})}
         self.spec = ToolSpec(name, f"The tool {name}.", schema)
         self._work = work
+        self.state: object | None = None  # tools with the same one run one after another
         self.calls: list[dict[str, Any]] = []
 
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> Observation:

@@ -26,7 +26,7 @@ def test_turn_calls_observation_turn() -> None:
     model = Scripted([Event(reasoning="hm"), Event("First "), *call("double", n=3), *call("double", n=4)], "6 and 8")
     agent = Agent(model, [double()])
     events = asyncio.run(collect(agent, "Double 3 and 4", temperature=0.0))
-    outcome = events[-1].outcome  # type: ignore[union-attr]
+    outcome = events[-1].outcome
     assert outcome.answer == "6 and 8" and outcome.stop == "answer" and outcome.n_rounds == 2
     system, user, turn, first, second, answer = outcome.messages
     assert system.role == "system" and user.content == "Double 3 and 4"
@@ -74,7 +74,7 @@ def test_tools_that_share_a_state_run_in_order() -> None:
 
     tools = [FakeTool("a", work, NUMBER), FakeTool("b", work, NUMBER)]
     for tool in tools:
-        tool.state = shared  # type: ignore[attr-defined]
+        tool.state = shared
     outcome_of(Agent(Scripted([*call("a", n=0), *call("b", n=1), *call("a", n=2)], "done"), tools), "go")
     assert log == ["0", "1", "2"]
 
@@ -203,7 +203,7 @@ def test_approval() -> None:
     model = Scripted([*call("double", n=1), *call("double", n=2), *call("other")], "ok")
     tools = [double(), FakeTool("other", lambda *_: "x")]
     events = asyncio.run(collect(Agent(model, tools, config, approve=approve), "go"))
-    outcome = events[-1].outcome  # type: ignore[union-attr]
+    outcome = events[-1].outcome
     assert [r.status for r in outcome.calls] == ["denied", "done", "denied"] and len(asked) == 2
     assert sum(isinstance(e, Asked) for e in events) == 2 and tools[0].calls == [{"n": 2}] and not tools[1].calls
     assert outcome.calls[0].observation.content == "The user did not allow this call of double."
@@ -219,7 +219,7 @@ def test_wrong_calls() -> None:
     model = Scripted(bad, bad, '{"n": 21}', "42")
     tool = double()
     events = asyncio.run(collect(Agent(model, [tool]), "go"))
-    outcome = events[-1].outcome  # type: ignore[union-attr]
+    outcome = events[-1].outcome
     first, second = outcome.calls
     assert (
         first.status == "refused"
@@ -301,7 +301,7 @@ def test_bad_input_of_the_backend_is_raised() -> None:
         Agent(Scripted()).run_sync([])
     for wrong in ({"n_rounds": 0}, {"time_s": 0}, {"observation_chars": 10}, {"max_tokens": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            AgentConfig(**wrong)  # type: ignore[arg-type]
+            AgentConfig(**wrong)
 
 
 def test_system_text_follows_the_language() -> None:

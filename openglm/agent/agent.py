@@ -91,7 +91,7 @@ class Agent:
             queue.put_nowait(event)
 
         if trace is not None:
-            trace.begin(self, parsed, sampling)
+            trace.begin(parsed, [tool.spec for tool in self.tools], self.external, self.config, sampling)
         record = _unrecorded if trace is None else trace.write
         run = _Run(self, parsed, conversation, emit, record, sampling)
         task = asyncio.create_task(run.work())

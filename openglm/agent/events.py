@@ -49,9 +49,10 @@ class AgentConfig:
     n_at_once: int = 4
 
     def __post_init__(self) -> None:
-        pairs = self.approval.items() if isinstance(self.approval, Mapping) else self.approval
-        object.__setattr__(self, "approval", tuple(sorted((name, policy) for name, policy in pairs)))
-        for name, policy in self.approval:
+        given = self.approval
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else tuple((rule[0], rule[1]) for rule in given)
+        object.__setattr__(self, "approval", tuple(sorted(pairs)))
+        for name, policy in pairs:
             if policy not in POLICIES:
                 raise ValueError(f"approval of {name!r} must be {', '.join(POLICIES)}, not {policy!r}")
         for name, least in (("n_rounds", 1), ("max_tokens", 1), ("observation_chars", 200), ("n_same", 1),

@@ -57,7 +57,7 @@ def _call(value: Any, names: set[str]) -> ToolCall | None:
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), None)
     if name not in names:
         return None
-    arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
+    arguments: Any = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
     if isinstance(arguments, str):
         try:
             arguments = DECODER.decode(arguments)
@@ -151,8 +151,8 @@ class CallFilter:
             return min(places)
         for length in range(min(len(held), 16), 0, -1):  # the end may yet become a mark
             tail = held[-length:]
-            fence = re.fullmatch(r"[ \t]*`{0,2}", tail) and (length == len(held) and self._line_begins)
-            fence = fence or re.fullmatch(r"\n[ \t]*`{0,2}", tail)
+            line_begins = length == len(held) and self._line_begins
+            fence = re.fullmatch(r"[ \t]*`{0,2}" if line_begins else r"\n[ \t]*`{0,2}", tail)
             if fence or any(mark.startswith(tail) for mark in OPENS):
                 return len(held) - length
         return len(held)

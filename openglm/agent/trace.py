@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from openglm.agent.events import (
     AgentConfig,
@@ -37,9 +37,6 @@ from openglm.agent.events import (
     Thought,
 )
 from openglm.types import Grammar, Message, Observation, ToolCall, ToolFile, ToolSpec, Usage
-
-if TYPE_CHECKING:
-    from openglm.agent.agent import Agent
 
 __all__ = ["Trace", "TraceWriter", "event_dict", "message_dict", "message_of", "read_trace", "tool_dict", "trace_of"]
 
@@ -90,7 +87,11 @@ class TraceWriter:
             raise ValueError(f"the trace {path} cannot be written: {error.strerror}") from None
         self._started = time.monotonic()
 
-    def begin(self, agent: Agent, messages: Sequence[Message], sampling: Mapping[str, Any]) -> None:
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], external: Sequence[ToolSpec], config: AgentConfig,
+        sampling: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """What is asked, before the first event."""
         given = {k: v for k, v in sampling.items() if v is not None}
         if isinstance(grammar := given.get("grammar"), Grammar):
             given["grammar"] = dataclasses.asdict(grammar)
@@ -98,9 +99,9 @@ class TraceWriter:
             {
                 "type": "begin", "version": VERSION, "model": self._model,
                 "messages": [message_dict(m) for m in messages],
-                "tools": [tool_dict(tool.spec) for tool in agent.tools],
-                "external": [tool_dict(spec) for spec in agent.external],
-                "config": dataclasses.asdict(agent.config), "sampling": given,
+                "tools": [tool_dict(spec) for spec in tools],
+                "external": [tool_dict(spec) for spec in external],
+                "config": dataclasses.asdict(config), "sampling": given,
             }
         )  # fmt: skip
 
