@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -316,3 +317,19 @@ def test_system_text_follows_the_language() -> None:
 async def _run(agent: Agent, messages: list[Message]) -> None:
     async for _ in agent.run(messages):
         pass
+
+
+def test_a_program_at_the_end_of_an_answer_is_run() -> None:
+    """Where the user did not ask for code, and there is the tool `python` itself."""
+    answer = "I compute:\n```python\nprint(7 * 8)\n```"
+
+    def asked(question: str, *, builtin: bool = True) -> list[dict[str, Any]]:
+        tool = FakeTool("python", lambda arguments, _: "56", {"code": {"type": "string"}})
+        tool.spec = dataclasses.replace(tool.spec, builtin=builtin)
+        outcome = outcome_of(Agent(Scripted(answer, "It is 56."), [tool]), question)
+        assert outcome.messages[2].content == answer, "what was said stays said"
+        return tool.calls
+
+    assert asked("What is 7 times 8?") == [{"code": "print(7 * 8)"}]
+    assert asked("Write a script that computes 7 times 8.") == []
+    assert asked("What is 7 times 8?", builtin=False) == []

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openglm.agent.salvage import CallFilter, read_calls
+from openglm.agent.salvage import CallFilter, asks_for_code, final_program, read_calls
 from openglm.types import ToolSpec
 
 TOOLS = [ToolSpec("python", "", {}, builtin=True), ToolSpec("search", "", {})]
 CODE = '{"name": "python", "arguments": {"code": "print(1)\\nprint(2)"}}'
+QUOTED = '{"name": "python", "arguments": {"code": """\n  print(1)\n  print(2)\n  """}}'
 SEARCH = '{"name": "search", "arguments": {"query": "北京"}}'
 # (answer, what is said, the calls: name and arguments)
 CODE_CALL, SEARCH_CALL = ("python", {"code": "print(1)\nprint(2)"}), ("search", {"query": "北京"})
@@ -41,6 +42,10 @@ CASES = {
     "broken JSON": ('{"name": "search", "arguments": {"query": ', None, []),
     "fences, code, text": ("Use `x`:\n\n```\ncode\n```\n\n- a\n- b\n\n```sh\nls\n```\n", None, []),
     "ticks at the end": ("a ``", None, []),
+    "a text of Python in the JSON": (f"```json\n{QUOTED}\n```", "", [CODE_CALL]),
+    "three quotes in a text": ('{"name": "python", "arguments": {"code": "\\"\\"\\"x"}}', "",
+                               [("python", {"code": '"""x'})]),
+    "three quotes and no JSON": ('```json\n{"name": "python", "arguments": {"code": """x"""\n```', None, []),
     "indented fence": (f"- so:\n  ```json\n  {SEARCH}\n  ```\n", "- so:\n", [SEARCH_CALL]),
     "nothing": ("", "", []),
     "arguments that are no object": ('{"name": "search", "arguments": [1]}', None, []),
@@ -87,3 +92,26 @@ def test_plain_text_is_shown_at_once() -> None:
 
 def test_deeply_nested_json_is_text() -> None:
     assert read_calls("[" * 100_000, TOOLS) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("I compute:\n```python\nx = 2\nprint(x)\n```\n", "x = 2\nprint(x)"),
+        ("```py\nprint(1)\n```", "print(1)"),
+        ("```sh\nls\n```\n```Python\nprint(1)\n```", "print(1)"),
+        ("```python\nprint(1)\n```\nIt is 1.", None),
+        ("```python\nx = 2\n```", None),
+        ("```python\nprint(1)", None),
+        ("```sh\nprint(1)\n```", None),
+        ("print(1)", None),
+    ],
+)
+def test_a_program_at_the_end(answer: str, code: str | None) -> None:
+    assert final_program(answer) == code
+
+
+def test_a_question_for_code_is_known_by_its_words() -> None:
+    assert asks_for_code("Write a function that adds") and asks_for_code("How do I read a file?")
+    assert asks_for_code("写一段代码") and asks_for_code("怎么读文件？")
+    assert not asks_for_code("What is 7 times 8?") and not asks_for_code("7乘以8等于多少？")

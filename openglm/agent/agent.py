@@ -35,6 +35,7 @@ from openglm.agent.events import (
 )
 from openglm.agent.http_backend import stream_async
 from openglm.agent.prompts import LAST_CALL, PLAN_REQUEST, REPAIR_REQUEST, TIME_IS_UP, language_of, system_text
+from openglm.agent.salvage import asks_for_code
 from openglm.agent.turn import Turn
 from openglm.types import ChatBackend, Event, Grammar, Message, StatefulTool, Tool, ToolCall, ToolSpec, Usage
 
@@ -225,7 +226,8 @@ class _Run:
     async def _answer(self, number: int) -> Message:
         """The model's next message, with the arguments of its calls put right where that can be done."""
         specs = [*self._calls.specs, *self._agent.external]
-        turn = self._turn = Turn(number, specs, self._emit)
+        question = next((m.content for m in reversed(self._messages) if m.role == "user"), "")
+        turn = self._turn = Turn(number, specs, self._emit, runs_code=not asks_for_code(question))
         self._n_rounds = number
         async with aclosing(self._stream(self._messages, specs)) as events:
             async for event in events:

@@ -6,18 +6,21 @@
 
 Small models often wrap a call in a ```json fence. A piece of an answer becomes a call only if it is nothing but JSON
 objects that each name a declared tool and give it an object of arguments. Text that may yet become one is held back.
+
+They also end an answer with a ```python fence that prints what was asked for, and leave it to somebody to run it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openglm.types import ToolCall, ToolSpec
 
-__all__ = ["CallFilter", "read_calls"]
+__all__ = ["CallFilter", "asks_for_code", "final_program", "read_calls"]
 
 NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input")
@@ -26,6 +29,15 @@ TAGS = re.compile(r"</?tool_calls?>|<\|/?tool_calls?\|>")
 FENCE = re.compile(r"(?:^|(?<=\n))[ \t]*```")
 OPENS = ("<tool_call>", "<tool_calls>")
 DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
+TRIPLE = re.compile(r'"""(.*?)"""', re.DOTALL)  # a Python text where JSON wants its own
+PROGRAM = re.compile(
+    r"(?:^|\n)[ \t]*```(?:python3?|py)[ \t]*\n((?:(?!```).)*?)\n[ \t]*```\s*$", re.DOTALL | re.IGNORECASE
+)
+CODE_WORDS = re.compile(
+    r"\b(?:code|scripts?|functions?|programs?|snippets?|examples?|class|how (?:do|can|to|would)|implement\w*)\b"
+    r"|代码|函数|程序|脚本|示例|例子|实现|编写|怎么|怎样|如何",
+    re.IGNORECASE,
+)
 FENCED_AS = ("", "json", "tool_call", "tool", "tool_code", "jsonc", "javascript")
 
 
@@ -38,7 +50,11 @@ def read_calls(text: str, tools: Sequence[ToolSpec]) -> list[ToolCall]:
         try:
             value, end = DECODER.raw_decode(rest)
         except (ValueError, RecursionError):
-            return []
+            plain = TRIPLE.sub(_as_json, rest)
+            if plain == rest:
+                return []
+            rest = plain  # once: JSON's own texts hold no three quotes in a row
+            continue
         for item in value if isinstance(value, list) else [value]:
             call = _call(item, names)
             if call is None:
@@ -46,6 +62,10 @@ def read_calls(text: str, tools: Sequence[ToolSpec]) -> list[ToolCall]:
             calls.append(call)
         rest = rest[end:].lstrip().removeprefix(",").lstrip()
     return calls
+
+
+def _as_json(found: re.Match[str]) -> str:
+    return json.dumps(textwrap.dedent(found.group(1)).strip("\n").rstrip(), ensure_ascii=False)
 
 
 def _call(value: Any, names: set[str]) -> ToolCall | None:
@@ -64,6 +84,17 @@ def _call(value: Any, names: set[str]) -> ToolCall | None:
         except (ValueError, RecursionError):
             return None
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+
+
+def asks_for_code(question: str) -> bool:
+    """Whether a user's words may ask for a program to read, rather than for what it gives."""
+    return CODE_WORDS.search(question) is not None
+
+
+def final_program(text: str) -> str | None:
+    """The Python that an answer ends with, in a fence, if it prints something."""
+    found = PROGRAM.search(text)
+    return found.group(1) if found is not None and re.search(r"\bprint\(", found.group(1)) else None
 
 
 class CallFilter:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 
 from openglm.agent.events import AgentEvent, Said, Thought
-from openglm.agent.salvage import CallFilter
-from openglm.types import Event, Message, ToolCall, ToolSpec
+from openglm.agent.salvage import CallFilter, final_program
+from openglm.types import BUILTIN_TOOLS, Event, Message, ToolCall, ToolSpec
 
 __all__ = ["Turn"]
 
 
 class Turn:
-    """Collects what a backend streams. tools: those that may be called. emit: told what is said and thought."""
+    """Collects what a backend streams. tools: those that may be called. emit: told what is said and thought.
 
-    def __init__(self, number: int, tools: Sequence[ToolSpec], emit: Callable[[AgentEvent], None]) -> None:
+    runs_code: a program at the end of an answer without calls is a call of the tool `python`.
+    """
+
+    def __init__(
+        self, number: int, tools: Sequence[ToolSpec], emit: Callable[[AgentEvent], None], runs_code: bool = False
+    ) -> None:
         self.number, self._emit = number, emit
         self._filter = CallFilter(tools)
+        self._runs_code = runs_code and any(tool.builtin and tool.name == "python" for tool in tools)
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
@@ -36,6 +43,8 @@ class Turn:
         """After the last event, or where the stream broke off."""
         self._say(self._filter.finish())
         self._calls += self._filter.calls
+        if self._runs_code and not self._calls and (code := final_program("".join(self._text))) is not None:
+            self._calls.append(ToolCall("python", json.dumps({BUILTIN_TOOLS["python"]: code}, ensure_ascii=False)))
         # Ids are unique in the run, whatever the backend gave: a trace, a page and a history refer to calls by them.
         self._calls = [dataclasses.replace(call, id=f"call_{self.number}_{i}") for i, call in enumerate(self._calls, 1)]
 
