@@ -9,11 +9,12 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from openglm.config import nearest
 from openglm.types import ToolSpec
 
-__all__ = ["check_schema", "schema_error"]
+__all__ = ["check_schema", "inline", "named", "place", "schema_error"]
 
 MAX_PROBLEMS, MAX_WORDS = 3, 300
 # Keywords that may bring properties from elsewhere: names cannot be judged by `properties` alone.
@@ -27,6 +28,9 @@ LENGTHS = {"minLength": ("at least", "characters"), "maxLength": ("at most", "ch
            "minItems": ("at least", "items"), "maxItems": ("at most", "items")}  # fmt: skip
 NAMES = {"object": "an object", "array": "a list", "string": "a text", "integer": "a whole number",
          "number": "a number", "boolean": "true or false", "null": "null"}  # fmt: skip
+
+FORMATS = {"date": "a date such as 2026-05-17", "date-time": "a time such as 2026-05-17T08:30:00",
+           "time": "a time such as 08:30:00", "uri": "a URL", "email": "an e-mail address"}  # fmt: skip
 
 
 def schema_error(spec: ToolSpec, arguments: Any) -> str | None:
@@ -57,6 +61,51 @@ def check_schema(spec: ToolSpec) -> None:
         _validator(spec.parameters).check_schema(dict(spec.parameters))
     except _library().exceptions.SchemaError as error:
         raise ValueError(f"{where} are no JSON schema: {_short(error.message)}") from None
+
+
+def inline(schema: Any, root: Mapping[str, Any]) -> Any:
+    """A copy with each "$ref" into `root` replaced by what it names, which small models read better.
+
+    References that lead back to themselves stay, with what they name under "$defs". ValueError for one that leads
+    nowhere or out of the document.
+    """
+    kept: dict[str, Any] = {}
+    value = _inlined(schema, root, (), kept)
+    done: dict[str, Any] = {}
+    while rest := [name for name in kept if name not in done]:
+        for name in rest:
+            done[name] = _inlined(named(kept[name], root), root, (kept[name],), kept)
+    return {**value, "$defs": done} if done else value
+
+
+def _inlined(value: Any, root: Mapping[str, Any], above: tuple[str, ...], kept: dict[str, Any]) -> Any:
+    """above: the references that this value stands in."""
+    if isinstance(value, list):
+        return [_inlined(item, root, above, kept) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    reference = value.get("$ref")
+    rest = {k: _inlined(v, root, above, kept) for k, v in value.items() if k not in ("$ref", "$defs") or k == reference}
+    if not isinstance(reference, str):
+        return rest
+    if reference in above:
+        name = reference.rpartition("/")[2]
+        kept[name] = reference
+        return {"$ref": f"#/$defs/{name}", **rest}
+    return {**_inlined(named(reference, root), root, (*above, reference), kept), **rest}
+
+
+def named(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a "$ref" into `root` names. ValueError for one that leads nowhere or out of the document."""
+    if not reference.startswith("#"):
+        raise ValueError(f"the reference {reference} leads out of the document: put what it names into it")
+    found: Any = root
+    for part in filter(None, reference[1:].split("/")):
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"the reference {reference} leads nowhere")
+    return found
 
 
 def _library() -> Any:
@@ -95,13 +144,13 @@ def _unknown(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[st
 def _words(error: Any) -> str:
     """One error of jsonschema's, in ours."""
     keyword, value, limit = error.validator, error.instance, error.validator_value
-    name = _place(error.absolute_path)
+    name = place(error.absolute_path)
     if keyword == "required":
         missing = next(
             (n for n in limit if isinstance(value, Mapping) and n not in value and repr(n) in error.message), ""
         )
         inner = (error.schema.get("properties") or {}).get(missing, {})
-        return f"{_quoted(_place([*error.absolute_path, missing]))} is missing{_meaning(inner)}"
+        return f"{_quoted(place([*error.absolute_path, missing]))} is missing{_meaning(inner)}"
     if keyword == "additionalProperties" and limit is False:
         known = list(error.schema.get("properties") or {})
         extra = [n for n in value if n not in known]
@@ -115,7 +164,7 @@ def _words(error: Any) -> str:
         choices = limit if keyword == "enum" else [limit]
         return f"{_quoted(name)} must be {_either(_json(c) for c in choices[:20])}, not {_shown(value)}"
     if keyword in LIMITS:
-        return f"{_quoted(name)} must be {LIMITS[keyword]} {limit}, not {_shown(value)}"
+        return f"{_quoted(name)} must be {LIMITS[keyword]} {_json(limit).removesuffix('.0')}, not {_shown(value)}"
     if keyword in LENGTHS:
         return f"{_quoted(name)} must have {LENGTHS[keyword][0]} {limit} {LENGTHS[keyword][1]}, not {len(value)}"
     if keyword == "pattern":
@@ -134,7 +183,7 @@ def _nearest_branch(error: Any, name: str) -> str:
     return _words(best) if best is not error else f"{_quoted(name)}: {_short(error.message)}"
 
 
-def _place(path: Iterable[Any]) -> str:
+def place(path: Iterable[Any]) -> str:
     """items[0].price"""
     text = ""
     for part in path:
@@ -150,7 +199,9 @@ def _meaning(schema: Any) -> str:
     """What a missing argument would be."""
     if not isinstance(schema, Mapping):
         return ""
-    kind = NAMES.get(str(schema.get("type")), "")
+    kind = FORMATS.get(str(schema.get("format")), NAMES.get(str(schema.get("type")), ""))
+    if schema.get("enum"):
+        kind = _either(_json(choice) for choice in schema["enum"][:20])
     about = _short(str(schema.get("description") or ""), 80)
     return f" ({': '.join(filter(None, (kind, about)))})" if kind or about else ""
 

@@ -24,12 +24,14 @@ class ToolboxConfig:
     """Which tools an agent has.
 
     python: the Python tool, True for its default limits. unsafe_python: it runs without isolation, with all rights of
-    this user. folder: keeps the files of conversations (None: they go with the toolbox).
+    this user. folder: keeps the files of conversations (None: they go with the toolbox). tools: Python files, folders
+    of them, OpenAPI documents (see tools/load.py).
     """
 
     python: bool | SandboxConfig = True
     unsafe_python: bool = False
     folder: Path | None = None
+    tools: tuple[str | Path, ...] = ()
 
 
 class Row(NamedTuple):
@@ -80,6 +82,11 @@ class Toolbox:
                 self.missing.append(made)
             elif made is not None:
                 self.tools.append(made)
+        if self.config.tools:
+            from openglm.agent.tools.load import load_tools, refuse_clashes
+
+            self.tools += [tool for path in self.config.tools for tool in load_tools(path)]
+            refuse_clashes(self.tools)
 
     def rows(self) -> list[Row]:
         """The list for people: tools that are ready, then the others."""
