@@ -76,9 +76,10 @@ def _as_text(value: Any) -> Observation:
         return Observation("(done)")
     if isinstance(value, str):
         return Observation(value)
-    from pydantic_core import to_json
+    from pydantic import ConfigDict, TypeAdapter
 
-    text = to_json(value, fallback=_plain, inf_nan_mode="strings", by_alias=True).decode()
+    adapter: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="strings"))
+    text = adapter.dump_json(value, fallback=_plain, by_alias=True).decode()
     plain = json.loads(text)
     if isinstance(plain, str):  # dates, enums, and objects that only str() can show
         return Observation(plain, data={"result": plain})
