@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 __all__ = [
-    "BUILTIN_TOOLS", "ChatBackend", "Event", "Grammar", "IGNORE", "Message", "Observation", "Role", "SamplingParams",
-    "StatefulTool", "Tool", "ToolCall", "ToolContext", "ToolFile", "ToolSpec", "Usage",
+    "BUILTIN_TOOLS", "CallDelta", "ChatBackend", "Event", "Grammar", "IGNORE", "Message", "Observation", "Role",
+    "SamplingParams", "StatefulTool", "Tool", "ToolCall", "ToolContext", "ToolFile", "ToolSpec", "Usage", "safe_json",
 ]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -21,6 +21,18 @@ ROLES = ("system", "user", "assistant", "tool")
 BUILTIN_TOOLS = {"python": "code", "simple_browser": "code", "cogview": "prompt"}
 
 IGNORE = -100  # target id that carries no loss, as in torch.nn.functional.cross_entropy
+
+
+def safe_json(value: object) -> str:
+    """JSON that can be sent to anyone: no NaN (ValueError), and half of a surrogate pair only as an escape."""
+    import json
+
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, allow_nan=False)
+    return text
 
 
 @dataclass(frozen=True)
@@ -315,6 +327,16 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """A piece of a tool call that is still being written. name: of the tool, on the first piece, which opens the call;
+    empty on those that follow. arguments: all pieces together are the call's.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Event:
     """One piece of a streamed answer. `text` may be empty; `finish_reason` is set on the last one only.
 
@@ -322,6 +344,7 @@ class Event:
     finish_reason: "stop" (a stop id or stop string, or the grammar is complete), "tool_calls", "length"
     (max_new_tokens or the context is full).
     usage: on the last one, where it is known (a server may keep it to itself).
+    call_delta: where pieces of calls were asked for (`ChatFormat.parser`); the whole `tool_call` follows at its end.
     """
 
     text: str = ""
@@ -330,6 +353,7 @@ class Event:
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     reasoning: str = ""
     usage: Usage | None = None
+    call_delta: CallDelta | None = None
 
 
 class ChatBackend(Protocol):

@@ -99,8 +99,10 @@ def targets(name: str, messages: Sequence[Message], tools: Sequence[ToolSpec] = 
     return written(format_named(name).render(messages, tools, prompt), tokenizer_with(SPECIALS_OF[name]), True)
 
 
-def parse(chat_format: ChatFormat, ids: Sequence[int], tools: Sequence[ToolSpec]) -> tuple[list[Event], Message]:
-    parser = chat_format.parser(tools)
+def parse(
+    chat_format: ChatFormat, ids: Sequence[int], tools: Sequence[ToolSpec], pieces: bool = False
+) -> tuple[list[Event], Message]:
+    parser = chat_format.parser(tools, pieces)
     events = [event for i in ids for event in parser.feed(i)] + parser.finish()
     return events, parser.message
 

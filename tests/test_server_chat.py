@@ -97,6 +97,29 @@ def test_plain_text_streams_at_once_though_there_are_tools(each: Server) -> None
     assert len(pieces) > 4
 
 
+def test_arguments_stream_in_pieces(each: Server) -> None:
+    each.says(*written(each, [("get_weather", {"city": "Paris and Rome", "days": 3}), ("get_time", {})]))
+    chunks = list(each.client.chat.completions.create(model="tiny", messages=HI, tools=TOOLS, stream=True))
+    calls = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
+    assert [c.function.name for c in calls if c.id] == ["get_weather", "get_time"]
+    first = [c.function.arguments for c in calls if c.index == 0 and not c.id]
+    assert len(first) >= (2 if each.name == "chatglm3" else 6)
+    assert json.loads("".join(first)) == {"city": "Paris and Rome", "days": 3}
+
+
+def test_a_call_that_is_cut_off_is_one_whose_arguments_end_there(each: Server) -> None:
+    each.says(*written(each, [("get_weather", {"city": "Paris", "days": 3})]))
+    ids = each.script.ids
+    n = next(n for n in range(len(ids)) if "days" in each.tokenizer.decode(ids[:n]))
+    for fields in ({}, {"parallel_tool_calls": False}):
+        answer = each.chat(tools=TOOLS, max_tokens=n, **fields).choices[0]
+        assert answer.finish_reason == "length" and not (answer.message.content or "").strip()
+        (call,) = answer.message.tool_calls
+        assert call.function.arguments.startswith('{"city": "Paris"')
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(call.function.arguments)
+
+
 def test_one_call_at_a_time(each: Server) -> None:
     each.says(*written(each, CALLS["two calls"]))
     answer = each.chat(tools=TOOLS, parallel_tool_calls=False).choices[0]

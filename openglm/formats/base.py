@@ -95,8 +95,10 @@ class ChatFormat(Protocol):
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = True
     ) -> Rendered: ...
 
-    def parser(self, tools: Sequence[ToolSpec] = ()) -> Parser:
-        """A fresh parser; answers are read as calls only of these tools."""
+    def parser(self, tools: Sequence[ToolSpec] = (), pieces: bool = False) -> Parser:
+        """A fresh parser; answers are read as calls only of these tools. pieces: calls are told while they are written
+        (`Event.call_delta`).
+        """
         ...
 
 
@@ -134,10 +136,10 @@ class BaseFormat(ABC):
         """Parts with their texts encoded one by one."""
         return assemble(parts, (self.tokenizer.encode(c) for c, _ in parts if isinstance(c, str)))
 
-    def parser(self, tools: Sequence[ToolSpec] = ()) -> AnswerParser:
+    def parser(self, tools: Sequence[ToolSpec] = (), pieces: bool = False) -> AnswerParser:
         from openglm.formats.parser import AnswerParser
 
-        return AnswerParser(self.tokenizer, self.stop_ids, self.syntax(tools))
+        return AnswerParser(self.tokenizer, self.stop_ids, self.syntax(tools), pieces)
 
     def _ends(self, *names: str) -> tuple[int, ...]:
         """Ids of those of the names that the tokenizer has."""

@@ -14,7 +14,8 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 from openglm.formats.parser import Reader
-from openglm.types import BUILTIN_TOOLS, Message, ToolCall, ToolSpec
+from openglm.formats.pieces import headed_opener, object_opener, python_opener
+from openglm.types import BUILTIN_TOOLS, Message, ToolCall, ToolSpec, safe_json
 
 __all__ = [
     "builtin_names", "dump", "function_object", "headed_call", "json_calls", "loads", "named_call", "python_call",
@@ -61,7 +62,7 @@ def raw_call(name: str) -> Reader:
     def read(body: str, complete: bool) -> list[ToolCall]:
         return [ToolCall(name, dump({BUILTIN_TOOLS[name]: body}))] if complete else []
 
-    return read
+    return Reader(read)
 
 
 # -------------------------------------------------------------------- JSON
@@ -69,25 +70,33 @@ def raw_call(name: str) -> Reader:
 
 def headed_call(name: str) -> Reader:
     """Reader of arguments whose tool the header names. Broken ones are a call all the same, for its caller to refuse;
-    but arguments that were cut off are none.
+    but arguments that were cut off are none. Nothing at all is a call without arguments.
     """
 
     def read(body: str, complete: bool) -> list[ToolCall]:
-        return [ToolCall(name, body.strip())] if complete or loads(body) is not None else []
+        return [ToolCall(name, body.strip() or "{}")] if complete or loads(body) is not None else []
 
-    return read
+    return Reader(read, headed_opener(name))
 
 
-def json_calls(names: Collection[str], keys: Sequence[str] = ("arguments", "parameters")) -> Reader:
-    """Reader of {"name": ..., "arguments": {...}}, or a list of such. A call of no given tool makes it text."""
+def json_calls(
+    names: Collection[str], keys: Sequence[str] = ("arguments", "parameters"), prefixes: Sequence[str] = ()
+) -> Reader:
+    """Reader of {"name": ..., "arguments": {...}}, or a list of such. A call of no given tool makes it text.
+
+    prefixes: what may stand in front of it.
+    """
 
     def read(body: str, complete: bool) -> list[ToolCall]:
+        body = body.strip()
+        for prefix in prefixes:
+            body = body.removeprefix(prefix)
         value = loads(body)
         objects = value if isinstance(value, list) else [value]
         calls = [named_call(o, names, keys) for o in objects]
         return [call for call in calls if call is not None] if None not in calls else []
 
-    return read
+    return Reader(read, object_opener(names, keys, prefixes))
 
 
 def named_call(value: object, names: Collection[str], keys: Sequence[str]) -> ToolCall | None:
@@ -96,7 +105,7 @@ def named_call(value: object, names: Collection[str], keys: Sequence[str]) -> To
     arguments: object = next((value[key] for key in keys if key in value), {})
     if isinstance(arguments, str):
         arguments = loads(arguments)
-    return ToolCall(str(value["name"]), dump(arguments)) if isinstance(arguments, dict) else None
+    return ToolCall(str(value["name"]), safe_json(arguments)) if isinstance(arguments, dict) else None
 
 
 # -------------------------------------------------------------------- Python
@@ -123,7 +132,7 @@ def read_python(body: str) -> str | None:
         for item in tree.keywords:
             value = ast.literal_eval(item.value)
             arguments.update(value if item.arg is None else {item.arg: value})
-        return dump(arguments)
+        return safe_json(arguments)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
 
@@ -133,7 +142,7 @@ def python_call(name: str) -> Reader:
         arguments = read_python(body)
         return [] if arguments is None else [ToolCall(name, arguments)]
 
-    return read
+    return Reader(read, python_opener(name))
 
 
 def write_python(arguments: str) -> str:

@@ -58,7 +58,7 @@ class ChatGlm3Format(RoleFormat):
         headers: dict[str, Reader] = {}
         for tool in tools:
             if _interprets(tool):
-                headers[f"{INTERPRETER}\n"] = _read_program
+                headers[f"{INTERPRETER}\n"] = Reader(_read_program)
             else:
                 headers[f"{tool.name}\n"] = python_call(tool.name)
         return Syntax(lead=("\n",), headers=headers, next_turn=self._id[ASSISTANT], reply=ReplyText)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from openglm.formats.base import BaseFormat, CallStyle, Part
 from openglm.formats.calls import headed_call, json_calls
 from openglm.formats.chatml import HERMES, hermes_block
-from openglm.formats.parser import THINK, THINK_END, Reader, Syntax
+from openglm.formats.parser import THINK, THINK_END, Syntax
 from openglm.formats.roles import ASSISTANT, OBSERVATION
 from openglm.formats.template import Template
 from openglm.tokenizer import Tokenizer
-from openglm.types import Message, ToolCall, ToolSpec
+from openglm.types import Message, ToolSpec
 
 __all__ = ["JinjaFormat"]
 
@@ -129,20 +129,10 @@ class JinjaFormat(BaseFormat):
             headers={f"{name}\n": headed_call(name) for name in names} if headed else {},
             next_turn=self._id.get(ASSISTANT) if headed else None,
             blocks=(hermes_block(names),) if names and hermes else (),
-            whole=(("{", "[{", *CALL_PREFIXES), _prefixed(json_calls(names))) if generic else None,
+            whole=(("{", "[{", *CALL_PREFIXES), json_calls(names, prefixes=CALL_PREFIXES)) if generic else None,
             thinks="always" if self.thinks_always else "maybe" if THINK in text else "never",
             spelled=(THINK, THINK_END, "<tool_call>", "</tool_call>", *(CALL_PREFIXES if generic else ())),
         )
-
-
-def _prefixed(read: Reader) -> Reader:
-    def read_whole(body: str, complete: bool) -> list[ToolCall]:
-        body = body.strip()
-        for prefix in CALL_PREFIXES:
-            body = body.removeprefix(prefix)
-        return read(body, complete)
-
-    return read_whole
 
 
 def _flat(pieces: Sequence[int | str]) -> list[int | str]:

@@ -14,14 +14,24 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from openglm.formats.matcher import ReplyText, cut
+from openglm.formats.pieces import Opener, Pieces
 from openglm.tokenizer import Detokenizer, Tokenizer
-from openglm.types import Event, Message, ToolCall
+from openglm.types import CallDelta, Event, Message, ToolCall
 
 __all__ = ["THINK", "THINK_END", "AnswerParser", "Block", "Reader", "Syntax"]
 
 THINK, THINK_END = "<think>", "</think>"
-# A call's body, and whether the model itself ended the turn, to the calls in it; none: it was no call but text.
-Reader = Callable[[str, bool], list[ToolCall]]
+
+
+class Reader(NamedTuple):
+    """How a call's body is read.
+
+    read: the whole body, and whether the model itself ended the turn, to the calls in it; none: it was text after all.
+    opens: where its arguments can be told while they come.
+    """
+
+    read: Callable[[str, bool], list[ToolCall]]
+    opens: Opener | None = None
 
 
 class Block(NamedTuple):
@@ -62,10 +72,14 @@ class Syntax:
 
 
 class AnswerParser:
-    """Parser (see `formats.base`) of every format."""
+    """Parser (see `formats.base`) of every format.
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], syntax: Syntax) -> None:
-        self._syntax = syntax
+    pieces: calls are told while they are written, as `Event.call_delta`, before the event with the whole call. What
+    has begun so is a call, even if it is cut off or turns out broken: then its arguments are no JSON.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], syntax: Syntax, pieces: bool = False) -> None:
+        self._syntax, self._wants_pieces = syntax, pieces
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = frozenset(stop_ids)
         special = tokenizer.special_ids
@@ -77,7 +91,10 @@ class AnswerParser:
         self._after_thought = False
         self._held = ""
         self._header = ""
-        self._open, self._block = "", Block((), "", _no_calls)
+        self._open, self._block = "", Block((), "", Reader(lambda body, complete: []))
+        self._pieces: Pieces | None = None  # of the call that is being told,
+        self._body: list[str] = []  # whose body so far is this
+        self._told: list[str] = []  # and whose arguments so far are these
         self._closed = ""  # a block that waits for the turn to end
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -186,11 +203,13 @@ class AnswerParser:
         return [Event(reasoning=before, token_ids=self._ids())]
 
     def _in_block(self, end: bool, complete: bool) -> list[Event]:
+        if self._begun(self._block.read):
+            return self._in_told_block(end)
         close = self._block.close
         at = self._held.find(close)
         while at >= 0:
             body, whole = self._held[:at], self._open + self._held[: at + len(close)]
-            calls = self._block.read(body, True)
+            calls = self._block.read.read(body, True)
             if calls or not _inside_string(body):
                 self._held, self._mode = self._held[at + len(close) :], "text"
                 if calls and self._block.stop is not None:
@@ -202,7 +221,7 @@ class AnswerParser:
             return []
         body, self._held, self._mode = self._held, "", "text"
         whole_body = cut(body, (close,))[0]  # the closing mark may be cut off: half of it is no part of the call
-        calls = [] if self._block.stop is not None else self._block.read(whole_body, False)
+        calls = [] if self._block.stop is not None else self._block.read.read(whole_body, False)
         return [self._call_event(call) for call in calls] or self._emit(self._open + body)
 
     def _after_block(self, end: bool, complete: bool) -> list[Event]:
@@ -214,21 +233,79 @@ class AnswerParser:
             return []
         self._held, self._mode = "", "text"
         body = self._closed.removeprefix(self._open).removesuffix(self._block.close)
-        return [self._call_event(call) for call in self._block.read(body, complete)]
+        return [self._call_event(call) for call in self._block.read.read(body, complete)]
 
     def _in_call(self, end: bool, complete: bool) -> list[Event]:
-        if not end:
-            return []
-        body, self._held = self._held, ""
-        calls = self._syntax.headers[self._header](body, complete)
-        return [self._call_event(call) for call in calls] or self._emit(self._header + body)
+        return self._to_the_end(self._syntax.headers[self._header], self._header, end, complete)
 
     def _in_whole(self, end: bool, complete: bool) -> list[Event]:
-        if not end or self._syntax.whole is None:
-            return []
+        assert self._syntax.whole is not None
+        return self._to_the_end(self._syntax.whole[1], "", end, complete)
+
+    def _to_the_end(self, reader: Reader, header: str, end: bool, complete: bool) -> list[Event]:
+        """A call whose body is the rest of the turn."""
+        events: list[Event] = []
+        if self._begun(reader):
+            text, self._held = self._held, ""
+            events = self._grow(text)
+            if end and (ended := self._shut()):
+                return events + ended
+        if not end:
+            return events
         body, self._held = self._held, ""
-        calls = self._syntax.whole[1](body, complete)
-        return [self._call_event(call) for call in calls] or self._emit(body)
+        calls = reader.read(body, complete)
+        return [self._call_event(call) for call in calls] or self._emit(header + body)
+
+    # -------------------------------------------------------------------- a call that is told while it comes
+
+    def _begun(self, reader: Reader) -> bool:
+        """Whether the held text is the body of a call that can be told."""
+        if self._pieces is None and self._wants_pieces and reader.opens is not None:
+            found = reader.opens(self._held)
+            if found is not None:
+                self._pieces, start = found
+                self._body, self._told = [self._held[:start]], []
+                self._held = self._held[start:]
+        return self._pieces is not None
+
+    def _in_told_block(self, end: bool) -> list[Event]:
+        assert self._pieces is not None
+        events, close = [], self._block.close
+        while (at := self._held.find(close)) >= 0:
+            events += self._grow(self._held[:at])
+            self._held = self._held[at + len(close) :]
+            if not self._pieces.inside_string:
+                self._mode = "text"
+                return events + self._shut()
+            events += self._grow(close)  # it is part of a string in the call
+        text, _, self._held = cut(self._held, (close,))
+        events += self._grow(text)
+        if end:
+            self._held, self._mode = "", "text"  # half of the closing mark is no part of the call
+            events += self._shut()
+        return events
+
+    def _grow(self, text: str) -> list[Event]:
+        assert self._pieces is not None
+        self._body.append(text)
+        return self._piece(self._pieces.feed(text))
+
+    def _piece(self, text: str) -> list[Event]:
+        if not text or self._pieces is None:
+            return []
+        name = "" if self._told else self._pieces.name
+        self._told.append(text)
+        return [Event(token_ids=self._ids(), call_delta=CallDelta(name, text))]
+
+    def _shut(self) -> list[Event]:
+        """The call is at its end. If nothing of it was told its body is held text again."""
+        assert self._pieces is not None
+        events, name = self._piece(self._pieces.finish()), self._pieces.name
+        self._pieces = None
+        if not self._told:
+            self._held = "".join(self._body) + self._held
+            return []
+        return [*events, self._call_event(ToolCall(name, "".join(self._told)))]
 
     # -------------------------------------------------------------------- events
 
@@ -248,10 +325,6 @@ class AnswerParser:
     def _ids(self) -> tuple[int, ...]:
         ids, self._waiting = tuple(self._waiting), []
         return ids
-
-
-def _no_calls(body: str, complete: bool) -> list[ToolCall]:
-    return []
 
 
 def _inside_string(text: str) -> bool:

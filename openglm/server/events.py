@@ -1,6 +1,6 @@
 """One list of events for each answer: all that is sent to any client, streamed or not, is made of it.
 
-    answer = Answer(chat_format.parser(tools), stop_strings=("\\n\\n",))
+    answer = Answer(chat_format.parser(tools, pieces=True), stop_strings=("\\n\\n",))
     events = [event for step in steps for event in answer.feed(step)]        # Text, Reasoning, CallOpened, ..., Finish
     whole = fold(events)                                                     # what a client gets that does not stream
 
@@ -62,7 +62,7 @@ class CallOpened:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of a call's arguments; all pieces together are a JSON text."""
+    """A piece of a call's arguments; all pieces together are them."""
 
     index: int
     text: str
@@ -146,7 +146,8 @@ class Answer:
         self._pending: list[TokenInfo] = []  # of text that may yet become a stop string
         self._tail = ""  # the end of the text so far, with what came after it
         self._begun = False  # some text was given
-        self.n_calls = 0
+        self.n_calls = 0  # that are complete
+        self._in_call = False
         self.n_tokens = 0
         self.n_reasoning_tokens = 0
         self.finished = self.stopped = False
@@ -161,16 +162,18 @@ class Answer:
             if self._spelling is not None:
                 self._waiting.append(self._spelling.info(step))
             found = self._reader.feed(step.token_id)
+        n_before_end = len(found)
         if step.finish_reason is not None:
             found = found + self._reader.finish()
-        for event in found:
+        for i, event in enumerate(found):
             events += self._of(event)
             if self._stop.found:
                 self.finished = self.stopped = True
                 return [*events, Finish("stop", self._which())]
             if self.n_calls == self._max_calls:
                 self.finished = self.stopped = True
-                return [*events, Finish("tool_calls")]
+                cut_off = step.finish_reason == "length" and i >= n_before_end
+                return [*events, Finish("length" if cut_off else "tool_calls")]
         if step.finish_reason is not None:
             if rest := self._stop.finish():
                 events.append(self._text(rest))
@@ -184,14 +187,23 @@ class Answer:
         if event.reasoning:
             self.n_reasoning_tokens += len(event.token_ids)
             return [Reasoning(event.reasoning)]
+        if event.call_delta is not None:
+            self._in_call = True
+            return self._call(event.call_delta.name, event.call_delta.arguments)
         if event.tool_call is not None:
-            index, self.n_calls = self.n_calls, self.n_calls + 1
-            opened = CallOpened(index, event.tool_call.id or f"call_{secrets.token_hex(12)}", event.tool_call.name)
-            return [opened, CallArguments(index, event.tool_call.arguments)]
+            call, told, self._in_call = event.tool_call, self._in_call, False
+            events = [] if told else self._call(call.name, call.arguments, call.id)
+            self.n_calls += 1
+            return events
         self._pending += tokens
         self._tail = (self._tail + event.text)[-4096:]
         text = self._stop.feed(event.text)
         return [self._text(text)] if text else []
+
+    def _call(self, name: str, arguments: str, id: str | None = None) -> list[AnswerEvent]:
+        """name: of a call that begins here."""
+        piece = CallArguments(self.n_calls, arguments)
+        return [CallOpened(self.n_calls, id or f"call_{secrets.token_hex(12)}", name), piece] if name else [piece]
 
     def _text(self, text: str) -> Text:
         tokens, self._pending = self._pending, []

@@ -177,7 +177,7 @@ class Service:
         sampling = dict(task.sampling) if grammar is None else {**task.sampling, "grammar": grammar}
         params = self.params(len(ids), chat_format.stop_ids, sampling, task.n_top)
         max_calls = None if task.parallel else 1
-        return Prompt(ids, params, lambda: chat_format.parser(tools), task.stop, task.n_top, max_calls)
+        return Prompt(ids, params, lambda: chat_format.parser(tools, pieces=True), task.stop, task.n_top, max_calls)
 
     def text_prompt(
         self, ids: list[int], sampling: dict[str, Any], stop: tuple[str, ...], n_top: int | None,
