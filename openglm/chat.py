@@ -291,6 +291,11 @@ class ChatModel:
             self.notify(f"the conversation outgrew the context of {context} tokens: {dropped} oldest messages left out")
         return ids
 
+    @property
+    def builtin_tools(self) -> frozenset[str]:
+        """Names of the tools that the model was trained to use without a schema; see types.BUILTIN_TOOLS."""
+        return frozenset() if self.chat_format is None else self.chat_format.builtin_tools
+
     def require_format(self) -> ChatFormat:
         """The chat format, or ValueError for a model that was not tuned for chat."""
         if self.chat_format is None:

@@ -111,15 +111,27 @@ def _fill(o: argparse.Namespace) -> int:
 
 
 def _chat_options(p: Parser) -> None:
-    from openglm.cli_chat import chat_options
+    from openglm.cli_agent import chat_options
 
     chat_options(p)
 
 
 def _chat(o: argparse.Namespace) -> int:
-    from openglm.cli_chat import chat
+    from openglm.cli_agent import chat
 
     return chat(o)
+
+
+def _replay_options(p: Parser) -> None:
+    from openglm.cli_replay import replay_options
+
+    replay_options(p)
+
+
+def _replay(o: argparse.Namespace) -> int:
+    from openglm.cli_replay import replay
+
+    return replay(o)
 
 
 def _serve_options(p: Parser) -> None:
@@ -281,6 +293,7 @@ def _lazy(name: str, module: str) -> tuple[Callable[[Parser], None], Callable[[a
 COMMANDS: dict[str, Command] = {
     "chat": Command("talk to a model in the terminal", _chat_options, _chat),
     "serve": Command("answer OpenAI's protocol and show a chat page", _serve_options, _serve),
+    "replay": Command("run an agent's trace again, without a model, and compare", _replay_options, _replay),
     "generate": Command("continue a text", _generate_options, _generate),
     "fill": Command("fill the blanks of a text", _fill_options, _fill),
     "logits": Command("write a model's logits for given token ids", _logits_options, _logits),

@@ -16,26 +16,23 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from openglm.cli_chat_commands import COMMANDS, Conversation, Stats, run_command
 from openglm.cli_chat_input import Input, make_input
 from openglm.cli_chat_view import View, make_view, notice
 from openglm.cli_options import (
     Parser,
-    answer_limits,
     answer_options,
     clean,
-    common_options,
     load_model,
     model_option,
     place_options,
-    sampling,
     sampling_options,
 )
 from openglm.types import ChatBackend, Event, Message
 
-__all__ = ["Chat", "chat", "chat_options"]
+__all__ = ["Chat", "Interrupt", "chat_options", "chat_partner", "interruptible"]
 
 
 def chat_options(p: Parser) -> None:
@@ -47,19 +44,18 @@ def chat_options(p: Parser) -> None:
     answer_options(p)
     sampling_options(p, "256", "the checkpoint's")
     place_options(p)
-    common_options(p, json_output=False)
 
 
-def chat(o: argparse.Namespace) -> int:
-    system, params = clean(o.system) if o.system else None, sampling(o) | answer_limits(o)
+def chat_partner(o: argparse.Namespace) -> tuple[ChatBackend, str, int | None]:
+    """Who answers: the model here or the one at the URL; its name, and the tokens of its context where known."""
     if o.url is None:
         for option, value in (("--model", o.name), ("--api-key", o.api_key)):
             if value is not None:
                 raise ValueError(f"{option} goes with --url; a model here is named without an option")
         model = load_model(o)
         model.require_format()
-        name, context = model.meta.description.get("name") or o.model or "glm-nano", model.engine.config.max_seq_len
-        return Chat(model, str(name), context, system, params).run()
+        name = model.meta.description.get("name") or o.model or "glm-nano"
+        return model, str(name), model.engine.config.max_seq_len
     local = {"MODEL": o.model, "--adapter": o.adapter, "--dtype": o.dtype, "--threads": o.threads,
              "--device": None if o.device == "auto" else o.device}  # fmt: skip
     for option, value in local.items():
@@ -68,7 +64,10 @@ def chat(o: argparse.Namespace) -> int:
     from openglm.agent.http_backend import HttpBackend
 
     backend = HttpBackend(o.url, o.name, o.api_key)
-    return Chat(backend, backend.model, None, system, params, remote=True).run()
+    return backend, backend.model, None
+
+
+T = TypeVar("T")
 
 
 class Interrupt:
@@ -86,7 +85,7 @@ class Interrupt:
         if again or (self.at_once and self.waits):
             raise KeyboardInterrupt
 
-    def until_hit(self, events: Iterator[Event]) -> Iterator[Event]:
+    def until_hit(self, events: Iterator[T]) -> Iterator[T]:
         while not self.hit:
             self.waits = True
             event = next(events, None)
@@ -97,7 +96,7 @@ class Interrupt:
 
 
 @contextmanager
-def _interruptible(at_once: bool) -> Iterator[Interrupt]:
+def interruptible(at_once: bool) -> Iterator[Interrupt]:
     interrupt = Interrupt(at_once)
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -181,7 +180,7 @@ class Chat:
         error = None
         tools = self.conversation.tools
         stats, started = Stats(), time.monotonic()
-        with _interruptible(self.remote) as interrupt:
+        with interruptible(self.remote) as interrupt:
             self.view.begin()
             try:
                 events = self.backend.stream(messages, tools, **self.sampling)

@@ -21,7 +21,7 @@ from openglm.types import ToolCall
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["PlainView", "RichView", "View", "clean_for_terminal", "make_view", "notice"]
+__all__ = ["PlainView", "RichView", "View", "clean_for_terminal", "make_view", "notice", "shortened"]
 
 # A model may write any character; those that steer the terminal are left out.
 CONTROL = {c: None for c in [*range(32), 127, *range(0x80, 0xA0)] if chr(c) not in "\n\t"}
@@ -37,14 +37,23 @@ def notice(text: str) -> None:
     print(f"openglm: {clean_for_terminal(text)}", file=sys.stderr, flush=True)
 
 
+def shortened(text: str, limit: int = 16) -> str:
+    """The first lines of a long text."""
+    lines = text.splitlines()
+    if len(lines) <= limit:
+        return text
+    return "\n".join([*lines[:limit], f"… {len(lines) - limit} more lines"])
+
+
 class View(Protocol):
-    """Pieces of one answer between `begin` and `end`. result: what a tool gave back."""
+    """Pieces of one answer between `begin` and `end`. result: what a tool gave back; progress: how far it is."""
 
     def begin(self) -> None: ...
     def reasoning(self, piece: str) -> None: ...
     def text(self, piece: str) -> None: ...
     def call(self, call: ToolCall) -> None: ...
     def result(self, name: str, content: str) -> None: ...
+    def progress(self, text: str) -> None: ...
     def end(self) -> None: ...
 
 
@@ -85,7 +94,13 @@ class PlainView:
         self._write(f"{'' if self._fresh else chr(10)}[call] {call.name} {call.arguments}")
 
     def result(self, name: str, content: str) -> None:
-        print(f"[result] {clean_for_terminal(name)} {clean_for_terminal(content)}", flush=True)
+        print(f"{'' if self._fresh else chr(10)}[result] {clean_for_terminal(name)} {clean_for_terminal(content)}",
+              flush=True)  # fmt: skip
+        self._fresh = True
+
+    def progress(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r{clean_for_terminal(text)}\x1b[K", end="", flush=True)
 
     def end(self) -> None:
         print(flush=True)
@@ -157,7 +172,13 @@ class RichView:
     def result(self, name: str, content: str) -> None:
         from rich.text import Text
 
+        self._finish()
         self._panel(f"result: {name}", Text(clean_for_terminal(content)), "green")
+
+    def progress(self, text: str) -> None:
+        self._finish()
+        self._console.file.write(f"\r{clean_for_terminal(text)}\x1b[K\r")
+        self._console.file.flush()
 
     def end(self) -> None:
         try:

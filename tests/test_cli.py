@@ -22,10 +22,12 @@ LIMITS = ["--stop", "--json-schema", "--regex"]
 PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
 SURFACE = {
-    "chat": ["model", "--adapter", "--url", "--model", "--api-key", "--system", *LIMITS, *SAMPLING, *PLACE],
+    "chat": ["model", "--adapter", "--url", "--model", "--api-key", "--system", *LIMITS, *SAMPLING, *PLACE,
+             "--all-tools", "--tools", "--unsafe-python", "--approval", "--rounds", "--plan", "--trace"],
     "serve": ["model", "--adapter", "--host", "--port", "--api-key", "--api-key-file", "--name",
               "--requests-per-minute", "--concurrency", "--parallel", "--max-queue", "--max-tokens", "--max-body-mb",
               "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", *PLACE],
+    "replay": ["traces", "--example", "--quiet"],
     "generate": ["model", "--adapter", "--prompt", "--tokens", *LIMITS, *SAMPLING, *PLACE, "--json"],
     "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",
              *SAMPLING, *PLACE, "--json"],

@@ -62,6 +62,7 @@ class Agent:
     ) -> None:
         self.backend, self.tools, self.config = backend, list(tools), config or AgentConfig()
         self.external, self._approve = list(external), approve
+        self.builtin: frozenset[str] = getattr(backend, "builtin_tools", frozenset())
         names = [tool.spec.name for tool in self.tools] + [spec.name for spec in self.external]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -147,7 +148,7 @@ class _Run:
         self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
         self._messages = messages
-        self._calls = Dispatcher(agent.tools, agent.config, conversation, agent._approve, emit)
+        self._calls = Dispatcher(agent.tools, agent.config, conversation, agent._approve, emit, agent.builtin)
         self._open: list[ToolCall] = []  # calls without a result yet
         self._pending: tuple[ToolCall, ...] = ()
         self._wrong: dict[str, int] = {}  # calls of a tool in a row whose arguments did not fit

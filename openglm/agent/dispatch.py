@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from openglm.agent.events import AgentConfig, AgentEvent, Asked, CallRecord, Observed, Output, Status
@@ -42,13 +43,17 @@ def argument_error(call: ToolCall, spec: ToolSpec) -> str | None:
 
 
 class Dispatcher:
-    """tools: what can be called. approve: asks the user; None: nobody can be asked. emit: told what happens."""
+    """tools: what can be called. approve: asks the user; None: nobody can be asked. emit: told what happens.
+
+    builtin: names of the tools that the model knows without a schema; it is told of all others as functions.
+    """
 
     def __init__(
         self, tools: Sequence[Tool], config: AgentConfig, conversation: str, approve: Approve | None,
-        emit: Callable[[AgentEvent], None],
+        emit: Callable[[AgentEvent], None], builtin: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self._tools = {tool.spec.name: tool for tool in tools}
+        self._specs = [replace(t.spec, builtin=t.spec.builtin and t.spec.name in builtin) for t in tools]
         self._config, self._conversation, self._approve, self._emit = config, conversation, approve, emit
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._room = asyncio.Semaphore(config.n_at_once)
@@ -59,7 +64,7 @@ class Dispatcher:
     @property
     def specs(self) -> list[ToolSpec]:
         """What the model is told of: once a result was cut, it can open the rest."""
-        return [tool.spec for tool in self._tools.values()] + ([READ_RESULT] if self._long else [])
+        return self._specs + ([READ_RESULT] if self._long else [])
 
     def spec(self, name: str) -> ToolSpec | None:
         return next((spec for spec in self.specs if spec.name == name), None)

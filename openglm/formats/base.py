@@ -79,6 +79,10 @@ class ChatFormat(Protocol):
         """None: the format has no tools."""
 
     @property
+    def builtin_tools(self) -> frozenset[str]:
+        """Names of the tools of `types.BUILTIN_TOOLS` that models of this format were trained to use by name."""
+
+    @property
     def thinks_always(self) -> bool:
         """Whether every answer begins with reasoning, which the prompt opens and </think> ends."""
 
@@ -108,6 +112,7 @@ class BaseFormat(ABC):
     name = ""
     needed: tuple[str, ...] = ()  # special tokens without which the format cannot be written
     call_style: CallStyle | None = None
+    builtin_tools: frozenset[str] = frozenset()
     thinks_always = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -36,6 +36,7 @@ class ChatGlm3Format(RoleFormat):
 
     name = "chatglm3"
     call_style = CallStyle("{name}\n ```python\ntool_call(", ")\n```", "python", text="\n")
+    builtin_tools = frozenset({"python"})
     ends = ("</s>", "<|endoftext|>")
 
     def declarations(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[str]:

@@ -58,6 +58,7 @@ class Glm4Format(RoleFormat):
 
     name = "glm-4"
     call_style = CallStyle("{name}\n", text="\n")
+    builtin_tools = frozenset(BUILTIN_TEXTS)
     introduction = INTRODUCTION
 
     def __init__(self, tokenizer: Tokenizer, *, date: str = "") -> None:
@@ -92,9 +93,10 @@ class Glm4Format(RoleFormat):
 
 
 class Glm0414Format(Glm4Format):
-    """ChatFormat "glm-4-0414": as "glm-4", but the declaration has no introduction."""
+    """ChatFormat "glm-4-0414": as "glm-4", but the declaration has no introduction, and all tools are functions."""
 
     name = "glm-4-0414"
+    builtin_tools = frozenset()
     introduction = ""
 
 
