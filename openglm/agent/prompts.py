@@ -14,24 +14,37 @@ __all__ = [
 Language = Literal["en", "zh"]
 
 OPENING = {
-    "en": "You are a helpful assistant with tools. Decide yourself whether a question needs a tool; answer simple "
-    "questions and small talk without one. Use what the tools return, and say so if it does not answer the question.",
-    "zh": "你是一个能使用工具的助手。请自行判断问题是否需要工具；简单的问题和闲聊直接回答。"
-    "请根据工具返回的内容回答；如果其中没有答案，请如实说明。",
+    "en": "You are a helpful assistant with tools. Small talk, translations and general knowledge: answer directly, "
+    "without a tool.",
+    "zh": "你是一个能使用工具的助手。闲聊、翻译和常识：直接回答，不用工具。",
 }
 HINTS = {
     "python": {
-        "en": "Calculate with python, not in your head; print the result.",
-        "zh": "需要计算时用 python 算，不要心算，并用 print 输出结果。",
+        "en": "Calculations, also with dates and large numbers: call python and print the result, never calculate in "
+        "your head.",
+        "zh": "计算（包括日期和大数）：调用 python 并用 print 输出结果，不要心算。",
     },
     "search": {
-        "en": "Look facts up with search, open the page, and cite it as 【number†title】.",
-        "zh": "查找事实时先 search，再打开网页，并以【编号†标题】的形式注明来源。",
+        "en": "Facts about a place, person, organisation or event: call search first, then open_page, and cite the "
+        "page as 【number†title】; never guess.",
+        "zh": "地点、人物、机构、事件的具体情况：先调用 search，再用 open_page 打开网页，"
+        "并以【编号†标题】注明来源，不要猜测。",
+    },
+    "simple_browser": {
+        "en": "Facts about a place, person, organisation or event: search with simple_browser, open the page, and cite "
+        "it as 【number†title】; never guess.",
+        "zh": "地点、人物、机构、事件的具体情况：先用 simple_browser 搜索并打开网页，"
+        "并以【编号†标题】注明来源，不要猜测。",
     },
     "cogview": {
         "en": "Draw with cogview only when a picture is asked for.",
         "zh": "只有用户要图片时才用 cogview 画图。",
     },
+}
+CLOSING = {
+    "en": "Write a call alone, without announcing it or imagining its result; answer from what the tools return, and "
+    "say so if it does not answer the question.",
+    "zh": "需要工具时只写调用，不要预告，也不要编造结果；根据工具返回的内容回答，如果其中没有答案，请如实说明。",
 }
 LAST_CALL = {
     "en": "(No more calls are possible. Answer now with what is known.)",
@@ -63,4 +76,5 @@ def system_text(tools: Sequence[Tool], language: Language) -> str:
     if not tools:
         return ""
     names = [tool.spec.name for tool in tools]
-    return " ".join([OPENING[language], *(hint[language] for name, hint in HINTS.items() if name in names)])
+    hints = [hint[language] for name, hint in HINTS.items() if name in names]
+    return " ".join([OPENING[language], *hints, CLOSING[language]])

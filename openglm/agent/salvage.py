@@ -5,7 +5,8 @@
     show(filter.finish()); filter.calls
 
 Small models often wrap a call in a ```json fence. A piece of an answer becomes a call only if it is nothing but JSON
-objects that each name a declared tool and give it an object of arguments. Text that may yet become one is held back.
+objects that each name a tool and give it an object of arguments, or if the answer begins with such objects. Text that
+may yet become one is held back. A tool that there is not is called as well, for the model to be told so.
 
 They also end an answer with a ```python fence that prints what was asked for, and leave it to somebody to run it.
 """
@@ -24,6 +25,7 @@ __all__ = ["CallFilter", "asks_for_code", "final_program", "read_calls"]
 
 NAME_KEYS = ("name", "function", "tool", "tool_name", "function_name", "action")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input")
+NAME = re.compile(r"[A-Za-z_]\w+")
 TAGS = re.compile(r"</?tool_calls?>|<\|/?tool_calls?\|>")
 # What a call may begin with: a fence at the beginning of a line, a tag, a brace where the answer begins.
 FENCE = re.compile(r"(?:^|(?<=\n))[ \t]*```")
@@ -43,25 +45,43 @@ FENCED_AS = ("", "json", "tool_call", "tool", "tool_code", "jsonc", "javascript"
 
 def read_calls(text: str, tools: Sequence[ToolSpec]) -> list[ToolCall]:
     """The calls that the text consists of; none if there is anything else in it."""
+    calls, rest = leading_calls(text, tools)
+    return [] if rest else calls
+
+
+def leading_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[list[ToolCall], str]:
+    """The calls that the text begins with, and what is behind them."""
     names = {tool.name for tool in tools}
     rest = TAGS.sub(" ", text).strip()
     calls: list[ToolCall] = []
     while rest:
-        try:
-            value, end = DECODER.raw_decode(rest)
-        except (ValueError, RecursionError):
-            plain = TRIPLE.sub(_as_json, rest)
-            if plain == rest:
-                return []
-            rest = plain  # once: JSON's own texts hold no three quotes in a row
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            call = _call(item, names)
-            if call is None:
-                return []
-            calls.append(call)
-        rest = rest[end:].lstrip().removeprefix(",").lstrip()
-    return calls
+        value, behind = _value(rest)
+        found = [_call(item, names) for item in (value if isinstance(value, list) else [value])]
+        known = [call for call in found if call is not None]
+        if not known or len(known) < len(found):
+            break
+        calls += known
+        rest = behind.lstrip().removeprefix(",").lstrip()
+        rest = rest if rest.strip("]} \n") else ""  # brackets that were closed once too often
+    return calls, rest
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The JSON that a text begins with, and what is behind it; (None, text) for what is none.
+
+    Mended are texts of Python in it, and braces that are doubled, as templates have them.
+    """
+    for plain in dict.fromkeys((text, TRIPLE.sub(_as_json, text))):
+        for doubled in (False, True):
+            if doubled and not plain.startswith("{{"):
+                continue
+            try:
+                value, end = DECODER.raw_decode(plain[doubled:])
+            except (ValueError, RecursionError):
+                continue
+            behind = plain[doubled + end :]
+            return value, behind.lstrip().removeprefix("}") if doubled else behind
+    return None, text
 
 
 def _as_json(found: re.Match[str]) -> str:
@@ -75,7 +95,7 @@ def _call(value: Any, names: set[str]) -> ToolCall | None:
     if isinstance(inner, Mapping):  # OpenAI's shape
         value = inner
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), None)
-    if name not in names:
+    if name is None or (name not in names and not _is_stranger(value)):
         return None
     arguments: Any = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
     if isinstance(arguments, str):
@@ -84,6 +104,14 @@ def _call(value: Any, names: set[str]) -> ToolCall | None:
         except (ValueError, RecursionError):
             return None
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+
+
+def _is_stranger(value: Mapping[str, Any]) -> bool:
+    """A call of a tool that there is not, which the model is to be told: nothing but a name and some arguments."""
+    if set(value) not in ({"name", "arguments"}, {"name", "parameters"}) or NAME.fullmatch(value["name"]) is None:
+        return False
+    arguments = value.get("arguments", value.get("parameters"))
+    return isinstance(arguments, Mapping) and bool(arguments)
 
 
 def asks_for_code(question: str) -> bool:
@@ -125,9 +153,9 @@ class CallFilter:
     def finish(self) -> str:
         """What was held back and is no call."""
         rest, self._held = self._held, ""
-        found = read_calls(_unfenced(rest), self._tools) if rest.strip() else []
+        found, behind = leading_calls(_unfenced(rest), self._tools) if rest.strip() else ([], rest)
         self.calls += found
-        return "" if found else rest
+        return behind if found else rest
 
     def _step(self) -> str | None:
         """One piece decided on; None when more has to come first."""
