@@ -228,7 +228,9 @@ class _Run:
         """The model's next message, with the arguments of its calls put right where that can be done."""
         specs = [*self._calls.specs, *self._agent.external]
         question = next((m.content for m in reversed(self._messages) if m.role == "user"), "")
-        turn = self._turn = Turn(number, specs, self._emit, runs_code=not asks_for_code(question))
+        has_python = any(t.spec.builtin and t.spec.name == "python" for t in self._agent.tools)
+        runs_code = has_python and not asks_for_code(question)
+        turn = self._turn = Turn(number, specs, self._emit, runs_code=runs_code)
         self._n_rounds = number
         async with aclosing(self._stream(self._messages, specs)) as events:
             async for event in events:

@@ -24,7 +24,7 @@ class Turn:
     ) -> None:
         self.number, self._emit = number, emit
         self._filter = CallFilter(tools)
-        self._runs_code = runs_code and any(tool.builtin and tool.name == "python" for tool in tools)
+        self._runs_code = runs_code
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
