@@ -148,7 +148,7 @@ def test_dependencies_are_what_the_package_imports() -> None:
 
     needed = names_of(project["dependencies"])
     extras = project["optional-dependencies"]
-    groups = ("chat", "data", "tensorboard", "grammar", "agent", "mcp", "serve")
+    groups = ("chat", "data", "tensorboard", "grammar", "agent", "search", "mcp", "serve")
     extra = names_of([r for group in groups for r in extras[group]])
     imported = set()
     for path in files(("openglm",), {".py"}):
