@@ -49,6 +49,8 @@ def serve_options(p: Parser) -> None:
     p.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="web origin that may call; * for all")
     p.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="further name of this server")
     p.add_argument("--grace", type=float, default=60.0, metavar="S", help="seconds for running answers at the end")
+    p.add_argument("--image-model", metavar="PATH_OR_URL",
+                   help="draws pictures: folder of a diffusers pipeline, or address of an images endpoint")  # fmt: skip
     place_options(p)
     common_options(p, json_output=False)
 
@@ -65,7 +67,12 @@ def serve(o: argparse.Namespace) -> int:
         finally:
             gc.freeze()
             gc.enable()
-        return run(lambda: load_model(o), _config(o), _name_of(o.model), listener)
+        images = None
+        if o.image_model is not None:
+            from openglm.agent.images_open import open_images
+
+            images = open_images(o.image_model, o.device)
+        return run(lambda: load_model(o), _config(o), _name_of(o.model), listener, images)
 
 
 def _config(o: argparse.Namespace) -> ServeConfig:

@@ -26,7 +26,7 @@ SURFACE = {
              "--all-tools", "--tools", "--unsafe-python", "--approval", "--rounds", "--plan", "--trace"],
     "serve": ["model", "--adapter", "--host", "--port", "--api-key", "--api-key-file", "--name",
               "--requests-per-minute", "--concurrency", "--parallel", "--max-queue", "--max-tokens", "--max-body-mb",
-              "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", *PLACE],
+              "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", "--image-model", *PLACE],
     "replay": ["traces", "--example", "--quiet"],
     "generate": ["model", "--adapter", "--prompt", "--tokens", *LIMITS, *SAMPLING, *PLACE, "--json"],
     "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",

@@ -140,7 +140,8 @@ def test_the_bundled_model_is_small() -> None:
 def test_dependencies_are_what_the_package_imports() -> None:
     """Every outside import is a declared dependency, or of an extra; no declared dependency is unused."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    modules = {"pyyaml": "yaml", "markdown-it-py": "markdown_it", "pyzmq": "zmq", "ipython": "IPython"}  # names differ
+    # Those whose names differ.
+    modules = {"pyyaml": "yaml", "markdown-it-py": "markdown_it", "pyzmq": "zmq", "ipython": "IPython", "pillow": "PIL"}
 
     def names_of(requirements: list[str]) -> set[str]:
         found = (re.match(r"[\w-]+", r) for r in requirements)
@@ -148,7 +149,7 @@ def test_dependencies_are_what_the_package_imports() -> None:
 
     needed = names_of(project["dependencies"])
     extras = project["optional-dependencies"]
-    groups = ("chat", "data", "tensorboard", "grammar", "agent", "search", "mcp", "serve")
+    groups = ("chat", "data", "tensorboard", "grammar", "agent", "search", "mcp", "serve", "image")
     extra = names_of([r for group in groups for r in extras[group]])
     imported = set()
     for path in files(("openglm",), {".py"}):

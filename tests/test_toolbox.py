@@ -32,10 +32,10 @@ def test_python_is_isolated_or_missing_with_the_reason(monkeypatch: pytest.Monke
     reason = "no isolation on this machine"
     monkeypatch.setattr(PythonTool, "why_not", staticmethod(lambda config=None: reason))
     box = Toolbox()
-    assert box.tools == [] and [m.name for m in box.missing] == ["python"]
+    assert box.tools == [] and "python" in [m.name for m in box.missing]
     row = box.rows()[0]
     assert not row.ready and reason in row.note and "--unsafe-python" in row.note
-    assert Toolbox(ToolboxConfig(python=False)).missing == []
+    assert Toolbox(ToolboxConfig(python=False, images=False)).missing == []
 
 
 @pytest.mark.skipif(bool(Bubblewrap().why_not()), reason="no sandbox here")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from openglm.agent.images import ImageBackend, ImageUnavailable
+from openglm.agent.images_open import open_images
 from openglm.agent.sandbox_config import SandboxConfig
 from openglm.types import StatefulTool, Tool
 
@@ -25,13 +27,15 @@ class ToolboxConfig:
 
     python: the Python tool, True for its default limits. unsafe_python: it runs without isolation, with all rights of
     this user. folder: keeps the files of conversations (None: they go with the toolbox). tools: Python files, folders
-    of them, OpenAPI documents (see tools/load.py).
+    of them, OpenAPI documents (see tools/load.py). images: what draws pictures, a folder or an address as `open_images`
+    takes it; True for what OPENGLM_IMAGE_MODEL says.
     """
 
     python: bool | SandboxConfig = True
     unsafe_python: bool = False
     folder: Path | None = None
     tools: tuple[str | Path, ...] = ()
+    images: bool | str | ImageBackend = True
 
 
 class Row(NamedTuple):
@@ -63,7 +67,22 @@ def _python(config: ToolboxConfig) -> Tool | Missing | None:
     return PythonTool(sandbox, config.folder)
 
 
-BUILTIN: tuple[Callable[[ToolboxConfig], Tool | Missing | None], ...] = (_python,)
+def _images(config: ToolboxConfig) -> Tool | Missing | None:
+    if config.images is False:
+        return None
+    from openglm.agent.tools.image import ImageTool
+
+    if not isinstance(config.images, bool | str):
+        return ImageTool(config.images)
+    try:
+        return ImageTool(open_images(None if config.images is True else config.images))
+    except ImageUnavailable as error:
+        if isinstance(config.images, str):
+            raise
+        return Missing("cogview", error.why, error.remedy)
+
+
+BUILTIN: tuple[Callable[[ToolboxConfig], Tool | Missing | None], ...] = (_python, _images)
 
 
 class Toolbox:

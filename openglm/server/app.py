@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openglm import __version__
-from openglm.server import chat_api, completions_api, embeddings_api, fill_api, messages_api, text_api
+from openglm.server import chat_api, completions_api, embeddings_api, fill_api, images_api, messages_api, text_api
 from openglm.server.errors import ApiError, add_handlers
 from openglm.server.limits import HostCheck, Lease, read_body
 from openglm.server.metrics import CONTENT_TYPE
@@ -39,6 +39,7 @@ POSTS: tuple[tuple[str, Handler, type[Model]], ...] = (
     ("/v1/chat/completions", chat_api.chat_completions, ChatRequest),
     ("/v1/completions", completions_api.completions, CompletionRequest),
     ("/v1/embeddings", embeddings_api.embeddings, embeddings_api.EmbeddingsRequest),
+    ("/v1/images/generations", images_api.generations, images_api.ImagesRequest),
     ("/v1/messages", messages_api.messages, messages_api.MessagesRequest),
     ("/v1/messages/count_tokens", messages_api.count_tokens, messages_api.CountRequest),
     ("/fill", fill_api.fill, fill_api.FillRequest),

@@ -22,7 +22,7 @@ class ServeConfig:
     context leaves. cors_origins: web pages of other origins that may call; "*": all. allowed_hosts: names under which
     an open server on this machine may be called, besides its own (so that no web page reaches it by a name of its
     own). grace_s: how long running answers may take when the server stops. stall_s: a reader that takes nothing for so
-    long is dropped.
+    long is dropped. max_image_queue: requests for pictures that may wait while one is drawn.
     """
 
     host: str = "127.0.0.1"
@@ -37,10 +37,11 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     grace_s: float = 60.0
     stall_s: float = 60.0
+    max_image_queue: int = 8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "concurrency", "max_queue"):
+        for name in ("requests_per_minute", "concurrency", "max_queue", "max_image_queue"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.max_body_bytes < 1024:

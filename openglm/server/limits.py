@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from openglm.server.config import LOOPBACK_NAMES, ServeConfig
 from openglm.server.errors import ApiError, error_response
 
-__all__ = ["Gate", "HostCheck", "Lease", "read_body"]
+__all__ = ["Gate", "HostCheck", "Lease", "Turns", "read_body"]
 
 _BODY_S = 60.0  # a request's body must be here by then
 _MAX_CALLERS = 4096  # whose rates are remembered
@@ -102,6 +102,28 @@ class Gate:
         if len(self._callers) > _MAX_CALLERS:
             for name in [n for n, c in self._callers.items() if not c.running][: len(self._callers) - _MAX_CALLERS]:
                 del self._callers[name]
+
+
+class Turns:
+    """One at a time, in the order of arrival, and at most so many waiting: 429 beyond. `async with turns: ...`"""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._lock, self._max, self.n_inside = asyncio.Lock(), max_waiting, 0
+
+    async def __aenter__(self) -> None:
+        if self.n_inside > self._max:
+            text = f"{self.n_inside} requests are running or waiting, and no more may: try again shortly"
+            raise ApiError(text, None, 429, "queue_full", {"Retry-After": "5"})
+        self.n_inside += 1
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            self.n_inside -= 1
+            raise
+
+    async def __aexit__(self, *error: object) -> None:
+        self.n_inside -= 1
+        self._lock.release()
 
 
 def _given_key(request: Request) -> bytes:

@@ -19,6 +19,7 @@ from openglm.server.config import ServeConfig
 from openglm.server.service import Service, load_engine
 
 if TYPE_CHECKING:
+    from openglm.agent.images import ImageBackend
     from openglm.chat import ChatModel
 
 __all__ = ["serve"]
@@ -46,7 +47,10 @@ class _Server(uvicorn.Server):
         _say(f"finishing {n} running answer{'' if n == 1 else 's'}{more}")
 
 
-def serve(load: Callable[[], ChatModel], config: ServeConfig, name: str, listener: socket.socket) -> int:
+def serve(
+    load: Callable[[], ChatModel], config: ServeConfig, name: str, listener: socket.socket,
+    images: ImageBackend | None = None,
+) -> int:  # fmt: skip
     """Serve until a signal comes; the exit code. Raises what loading the model raised."""
     failures: list[Exception] = []
 
@@ -54,7 +58,7 @@ def serve(load: Callable[[], ChatModel], config: ServeConfig, name: str, listene
         failures.append(error)
         server.should_exit = True
 
-    service = Service(lambda: load_engine(load(), config), config, name, failed)
+    service = Service(lambda: load_engine(load(), config), config, name, failed, images)
     logging.basicConfig(format="openglm: %(message)s", level=logging.WARNING)
     options = uvicorn.Config(
         create_app(service), log_level="warning", access_log=False,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from openglm.agent.images import ImageBackend
 from openglm.chat import ChatModel
 from openglm.engine import Engine
 from openglm.engine.grammar import Grammars
@@ -20,7 +21,7 @@ from openglm.formats.base import BaseFormat
 from openglm.server.config import ServeConfig
 from openglm.server.errors import ApiError
 from openglm.server.events import Answer, PlainReader, Reader, TokenSpelling
-from openglm.server.limits import Gate
+from openglm.server.limits import Gate, Turns
 from openglm.server.metrics import Metrics
 from openglm.server.tool_grammar import call_grammar
 from openglm.server.worker import Job, Outlet, Worker
@@ -70,7 +71,8 @@ class Prompt:
 class Service:
     """model: what is served, or what loads it: then the server answers at once and requests wait for it.
 
-    on_failure: called with what loading raised.
+    on_failure: called with what loading raised. images: draws what is asked of /v1/images/generations; closed at the
+    end.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Service:
         config: ServeConfig | None = None,
         name: str = "glm-nano",
         on_failure: Callable[[Exception], None] = lambda error: None,
+        images: ImageBackend | None = None,
     ) -> None:
         self.config = config or ServeConfig()
         self.name = self.config.name or name
         self.gate, self.metrics = Gate(self.config), Metrics()
+        self.images, self.image_turns = images, Turns(self.config.max_image_queue)
         self.state = "loading"  # ready, failed, stopping
         self.created = int(time.time())
         self._source, self._on_failure = model, on_failure
@@ -122,6 +126,8 @@ class Service:
     async def stop(self) -> None:
         """End what still runs, which is told so, and the engine's thread."""
         self.announce_stop()
+        if self.images is not None:
+            await self.images.close()
         if self._worker is None:
             return
         cut = list(self._worker.live)

@@ -100,6 +100,7 @@ def describe(service: Service) -> dict[str, Any]:
         "chat_format": None if chat_format is None else chat_format.name,
         "fills": fills,
         "thinks": chat_format is not None and chat_format.thinks_always,
+        "images": service.images is not None,
         "tools": chat_format is not None and chat_format.call_style is not None,
         "defaults": dict(model.meta.generation),
     }
