@@ -16,7 +16,9 @@ function, and groups that mix columns of different grids.
 Embedding and head are 8-bit in groups of 32 on both sides, or float16 with --embeddings none.
 
 Types of ours are words joined by "-": int4 or int8, g64, g128 or row, symmetric, absmax, mse, gptq or awq; or bf16.
-Prints a table for each model, and one JSON line last.
+int4 alone is what `openglm convert --quantize int4` does. What perplexity costs is told with the standard error of its
+paired difference over the windows, which the same text on both sides makes far smaller than that of the perplexity.
+Prints a table for each model, how our types compare with llama.cpp's of up to 5 bits, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -53,10 +55,11 @@ from openglm.quant import QuantSpec
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = (DATA / "eval/wikitext-2/valid.txt", DATA / "corpus/val-zh.jsonl.zst")
-CALIBRATION = (DATA / "corpus/train-en-00.jsonl.zst", DATA / "corpus/train-zh-00.jsonl.zst")
-OURS = "bf16,int8,int4,int4-absmax,int4-symmetric,int4-symmetric-absmax,int4-g64,int4-g128,int4-row,int4-gptq,int4-awq"
-PEER = "Q8_0,Q5_0,Q4_1,Q4_0,Q4_K_S,Q4_K_M"
+OURS = "bf16,int8,int4,int4-absmax,int4-symmetric,int4-symmetric-absmax,int4-g64,int4-g128,int4-row,int4-mse,int4-awq"
+PEER = "Q8_0,Q5_0,Q4_1,Q4_0,IQ4_NL,Q4_K_S,Q4_K_M"
 WINDOW = 512
+EVERY = 4  # of the tokens, one is looked at for KL divergence and agreement; all are for perplexity
+MAX_BITS = 5.005  # of llama.cpp's types that ours are compared with
 QUANTISE = """
 import ctypes, sys
 import llama_cpp as peer
@@ -97,11 +100,19 @@ class Row:
     perplexity: dict[str, float]
     kl: dict[str, float]
     agreement: dict[str, float]
+    nll: dict[str, list[float]]  # nats a token, of each window
     seconds: float
 
     @property
     def mean_kl(self) -> float:
         return sum(self.kl.values()) / len(self.kl)
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """By how many per cent the perplexity of `a` is above that of `b`, and the standard error, by windows in pairs."""
+    d = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    ratio = math.exp(float(d.mean()))
+    return 100 * (ratio - 1), 100 * ratio * float(d.std()) / len(d) ** 0.5 if len(d) > 1 else math.nan
 
 
 # -------------------------------------------------------------------- the same function with other columns
@@ -157,7 +168,13 @@ class Measure:
             for name, text in texts.items()
         }
         self.model = dense(source.opened, self.config)
-        self.hidden = {name: [self.states(self.model, *w) for w in pieces] for name, pieces in self.windows.items()}
+        self.hidden: dict[str, list[Tensor]] = {name: [] for name in texts}
+        self.nll: dict[str, list[float]] = {name: [] for name in texts}
+        for name, pieces in self.windows.items():
+            for ids, first in tqdm(pieces, desc=f"source, {name}", delay=10, leave=False):
+                states = self.states(self.model, ids, first)
+                self.nll[name].append(nll(self.model, states, ids[first:]))
+                self.hidden[name].append(states[::EVERY].clone())
         self.model.layers = nn.ModuleList()  # the head alone is needed from here on
 
     @torch.inference_mode()
@@ -169,19 +186,27 @@ class Measure:
         return model(batch)[0, first - 1 : -1]
 
     @torch.inference_mode()
-    def of(self, opened: OpenedModel) -> dict[str, Divergence]:
+    def of(self, opened: OpenedModel) -> tuple[dict[str, Divergence], dict[str, list[float]]]:
+        """By text: KL divergence and agreement on every EVERYth token, and nats a token of each window."""
         model = dense(opened, self.config)
-        found = {}
+        found, nlls = {}, {}
         for name, pieces in self.windows.items():
-            total = Divergence()
+            found[name], nlls[name] = Divergence(), []
             for (ids, first), hidden in zip(pieces, self.hidden[name], strict=True):
                 states = self.states(model, ids, first)
-                for part in range(0, len(states), 128):
-                    some = slice(part, part + 128)
-                    rows = self.model.logits(hidden[some]), model.logits(states[some])
-                    total += divergence(*rows, torch.tensor(ids[first:][some]))
-            found[name] = total
-        return found
+                nlls[name].append(nll(model, states, ids[first:]))
+                rows = self.model.logits(hidden), model.logits(states[::EVERY])
+                found[name] += divergence(*rows, torch.tensor(ids[first:])[::EVERY])
+        return found, nlls
+
+
+@torch.inference_mode()
+def nll(model: Transformer, states: Tensor, targets: list[int]) -> float:
+    """Mean, in nats a token; logits of 128 tokens at a time."""
+    total = 0.0
+    for some, part in zip(states.split(128), torch.tensor(targets).split(128), strict=True):
+        total += float(nn.functional.cross_entropy(model.logits(some), part, reduction="sum"))
+    return total / len(targets)
 
 
 def cut(ids: list[int], head: tuple[int, ...], config: GLMConfig, n: int) -> list[tuple[list[int], int]]:
@@ -194,16 +219,21 @@ def cut(ids: list[int], head: tuple[int, ...], config: GLMConfig, n: int) -> lis
 
 
 def row(side: str, type: str, opened: OpenedModel, measure: Measure, seconds: float) -> Row:
-    found = measure.of(opened)
+    found, nlls = measure.of(opened)
     gc.collect()
     sizes = [(name, n) for name, _, n in opened.stored()]
     weights = sum(math.prod(s) for n, s in shapes_of(measure.config).items() if n.startswith("layers.") and len(s) == 2)
     blocks = sum(n for name, n in sizes if name.startswith("layers.") and ".norm" not in name and "bias" not in name)
     return Row(
         side, type, 8 * blocks / weights, sum(n for _, n in sizes),
-        {name: math.exp(d.nll / d.n) for name, d in found.items()},
-        {name: d.kl / d.n for name, d in found.items()}, {name: d.same / d.n for name, d in found.items()}, seconds,
+        {name: perplexity(values) for name, values in nlls.items()},
+        {name: d.kl / d.n for name, d in found.items()}, {name: d.same / d.n for name, d in found.items()}, nlls,
+        seconds,
     )  # fmt: skip
+
+
+def perplexity(nlls: list[float]) -> float:
+    return math.exp(sum(nlls) / len(nlls))
 
 
 def shapes_of(config: GLMConfig) -> dict[str, tuple[int, ...]]:
@@ -287,24 +317,36 @@ def compare(model: str | None, o: argparse.Namespace) -> dict[str, Any]:
                 (folder / "windows.json").write_text(json.dumps(windows))
                 there = run_peer(o.peer_python, PERPLEXITY, str(out), str(folder / "windows.json"))
                 result["run_by_llama.cpp"] = {"type": type, "text": text, "perplexity": math.exp(float(there))}
-        base = row("", "float16", source.opened, measure, 0.0)
-    show(name, base, rows, result.get("run_by_llama.cpp"))
-    return result | {"source": asdict(base), "rows": [asdict(r) for r in rows]}
+        n_bytes = sum(n for _, _, n in source.opened.stored())
+    show(name, n_bytes, measure.nll, rows, result.get("run_by_llama.cpp"))
+    return result | {"source": {"n_bytes": n_bytes, "nll": measure.nll}, "rows": [asdict(r) for r in rows]}
 
 
-def show(name: str, base: Row, rows: list[Row], check: dict[str, Any] | None) -> None:
-    texts = list(base.perplexity)
-    print(f"\n## {name}: {base.n_bytes / 2**20:,.0f} MiB in float16, perplexity "
-          + ", ".join(f"{base.perplexity[t]:.3f} on {t}" for t in texts) + "\n")  # fmt: skip
-    print("| | bits | MiB | " + " | ".join(f"perplexity, {t}" for t in texts) + " | KL divergence | same top token |")
-    print("|---|---|---|" + "---|" * len(texts) + "---|---|")
+def show(
+    name: str, n_bytes: int, source: dict[str, list[float]], rows: list[Row], check: dict[str, Any] | None
+) -> None:
+    texts = list(source)
+    print(f"\n## {name}: {n_bytes / 2**20:,.0f} MiB in float16, perplexity "
+          + ", ".join(f"{perplexity(source[t]):.3f} on {t}" for t in texts) + "\n")  # fmt: skip
+    print("| | bits | MiB | " + " | ".join(f"perplexity, {t} | KL, {t}" for t in texts) + " | same top token |")
+    print("|---|---|---|" + "---|" * (2 * len(texts)) + "---|")
     for r in sorted(rows, key=lambda r: r.mean_kl):
-        cost = [f"{r.perplexity[t]:.3f} ({100 * (r.perplexity[t] / base.perplexity[t] - 1):+.2f} %)" for t in texts]
+        cost = [f"{r.perplexity[t]:.3f} ({percent(r.nll[t], source[t])}) | {r.kl[t]:.5f}" for t in texts]
         same = sum(r.agreement.values()) / len(texts)
         print(f"| {r.side} {r.type} | {r.block_bits:.2f} | {r.n_bytes / 2**20:,.0f} | {' | '.join(cost)} "
-              f"| {r.mean_kl:.5f} | {100 * same:.1f} % |")  # fmt: skip
+              f"| {100 * same:.1f} % |")  # fmt: skip
+    peers = [r for r in rows if r.side == "llama.cpp" and r.block_bits <= MAX_BITS]
+    for r in (r for r in rows if r.side == "ours" and r.block_bits <= MAX_BITS and peers):
+        for t in texts:
+            best = min(peers, key=lambda p: p.perplexity[t])
+            print(f"ours {r.type} against {best.type}, llama.cpp's best here of up to 5 bits, on {t}: "
+                  f"{percent(r.nll[t], best.nll[t])} perplexity")  # fmt: skip
     if check is not None:
         print(f"\nllama.cpp's own perplexity with {check['type']} on {check['text']}: {check['perplexity']:.3f}")
+
+
+def percent(a: list[float], b: list[float]) -> str:
+    return "{:+.2f} ± {:.2f} %".format(*difference(a, b))
 
 
 def read_text(path: Path, n_characters: int) -> str:
@@ -331,11 +373,11 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true", help="columns in another order first")
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens, of each text")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS, help=".txt or .jsonl[.zst]")
-    parser.add_argument("--calibration", type=Path, nargs="+", default=CALIBRATION, help="likewise, for gptq and awq")
+    parser.add_argument("--calibration", type=Path, nargs="+", help="likewise, for gptq and awq")
     o = parser.parse_args()
     o.ours, o.peer = ([t for t in words.split(",") if t] for words in (o.ours, o.peer))
     o.texts = {path.name.partition(".")[0]: read_text(path, 400_000) for path in o.text}
-    o.calibration_texts = [read_text(path, 200_000) for path in o.calibration]
+    o.calibration_texts = [read_text(path, 200_000) for path in o.calibration or ()]
     results = [compare(model, o) for model in o.models or [None]]
     print(json.dumps({"windows": o.windows, "embeddings": o.embeddings, "models": results}))
 

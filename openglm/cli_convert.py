@@ -23,8 +23,8 @@ def convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quantize", metavar="Q", help="int4 or int8: round the matrices on the way (gguf: Q4_0, Q8_0)")
     p.add_argument("--group", metavar="N", help="columns that share a scale, or row (default: 32)")
     p.add_argument("--symmetric", action="store_true", help="int4: a scale alone for each group, no minimum")
-    p.add_argument("--method", metavar="M", help="absmax, mse, gptq or awq (see docs/QUANTISATION.md)")
-    p.add_argument("--calibration", metavar="FILE", nargs="+", help="UTF-8 text to run through the model: gptq, or awq")
+    p.add_argument("--method", metavar="M", help="gptq (default: int4), awq, mse or absmax: docs/QUANTISATION.md")
+    p.add_argument("--calibration", metavar="FILE", nargs="+", help="UTF-8 text for gptq or awq (default: our own)")
     p.add_argument("--embeddings", metavar="Q", help="none, int8 or int4 (default: none)")
     p.add_argument("--head", metavar="Q", help="none, int8 or int4, where it is not the embedding (default: none)")
     p.add_argument("--quantize-embeddings", action="store_true", help="embedding and head as the rest")
@@ -37,7 +37,7 @@ def convert_options(p: argparse.ArgumentParser) -> None:
 
 
 def convert_value(o: argparse.Namespace) -> dict[str, Any]:
-    """What --json prints: path, format, tensors, weight_bytes, continued; with --report also report (see quality)."""
+    """What --json prints: path, format, tensors, weight_bytes, continued, method; with --report also report."""
     from openglm.convert import convert
     from openglm.loading import open_reference, resolve
 
@@ -60,7 +60,7 @@ def convert_value(o: argparse.Namespace) -> dict[str, Any]:
     )
     value: dict[str, Any] = {
         "path": str(found.path), "format": o.format, "tensors": found.n_tensors, "weight_bytes": found.n_bytes,
-        "continued": found.continued,
+        "continued": found.continued, "method": found.method,
     }  # fmt: skip
     if o.report is not None:
         from openglm.quality import compare_models, write_report
@@ -91,7 +91,8 @@ def _spec(o: argparse.Namespace) -> Any:
 
 
 def convert_print(value: dict[str, Any]) -> None:
-    note = ", continued" if value["continued"] else ""
+    note = f", rounded by {value['method']}" if value["method"] else ""
+    note += ", continued" if value["continued"] else ""
     print(f"{value['path']}: {value['tensors']} tensors, {value['weight_bytes'] / 2**20:,.1f} MiB{note}")
     for text in value.get("report", {}).get("texts", []):
         print(f"{text['name']}: perplexity {text['source_perplexity']:.3f} -> {text['perplexity']:.3f}, KL divergence "

@@ -27,7 +27,7 @@ def blocks(type: str, rows: int = 24, columns: int = 768) -> np.ndarray[Any, Any
     return data.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("type", [t for t in TYPES if t.startswith("Q")])
+@pytest.mark.parametrize("type", [t for t in TYPES if t.startswith(("Q", "IQ"))])
 def test_values_are_those_of_the_gguf_library(type: str) -> None:
     data = blocks(type)
     reference = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openglm.ops.quant import QuantTensor
 from openglm.quant import QuantSpec, quantise
+from openglm.quant.rounding import fit, integers
 
 
 def weights(rows: int = 24, columns: int = 128, seed: int = 3) -> Tensor:
@@ -82,6 +83,36 @@ def test_the_search_is_close_to_the_best_grid_there_is() -> None:
     assert found < 1.06 * best
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_search_goes_by_importance(symmetric: bool) -> None:
+    """Against every scale (and minimum) of a fine mesh, under the weighted error; all equal: as without."""
+    groups = weights(4, 32).t().contiguous()
+    importance = torch.logspace(-2, 2, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    spec = QuantSpec(symmetric=symmetric)
+
+    def lost(importance: Tensor | None) -> float:
+        scale, low = fit(groups, spec, None if importance is None else importance[:, None].expand_as(groups))
+        q = integers(groups, scale, low, spec).double()
+        values = (q - 8) * scale.double() if low is None else q * scale.double() + low.double()
+        return float((by * (values - groups).square()).sum())
+
+    by = importance.double()[:, None]
+    best = 0.0
+    for row in groups.t().double():
+        low, span, reach = row.min(), row.max() - row.min(), row.abs().max()
+        if symmetric:
+            grids = [(sign * reach * share / 7, 8.0) for share in np.linspace(0.5, 1.2, 701) for sign in (-1, 1)]
+            errors = [float((by[:, 0] * (((row / s).round().clamp(-8, 7)) * s - row).square()).sum()) for s, _ in grids]
+        else:
+            mesh = itertools.product(np.linspace(0.5, 1.1, 61), np.linspace(-0.2, 0.5, 71))
+            grids = [(span * narrow / 15, low + span * shift) for narrow, shift in mesh]
+            values = [((row - m) / s).round().clamp(0, 15) * s + m for s, m in grids]
+            errors = [float((by[:, 0] * (v - row).square()).sum()) for v in values]
+        best += min(errors)
+    assert best * 0.9 < lost(importance) < min(1.25 * best, 0.8 * lost(None))
+    assert lost(torch.full((32,), 7.0)) == pytest.approx(lost(None), rel=0.02)
+
+
 @pytest.mark.parametrize("n_levels", [16, 15, 14])
 def test_weights_on_a_grid_come_back(n_levels: int) -> None:
     """What was INT4 before: its integers use all of 16 levels, or few of them."""
@@ -110,9 +141,13 @@ def test_threads_do_not_matter_and_blocks_hardly(monkeypatch: pytest.MonkeyPatch
 
 
 def test_defaults() -> None:
-    assert (QuantSpec().method, QuantSpec().symmetric) == ("mse", False)
-    assert (QuantSpec(4, None).method, QuantSpec(4, None).symmetric) == ("absmax", True)
-    assert (QuantSpec(8).method, QuantSpec(8).symmetric) == ("absmax", True)
+    for spec, symmetric, with_text, without in [
+        (QuantSpec(), False, "gptq", "mse"), (QuantSpec(4, None), True, "absmax", "absmax"),
+        (QuantSpec(8), True, "absmax", "absmax"), (QuantSpec(method="absmax"), False, "absmax", "absmax"),
+    ]:  # fmt: skip
+        assert spec.symmetric == symmetric
+        assert (spec.resolved(True).method, spec.resolved(False).method) == (with_text, without)
+        assert torch.equal(quantise(weights(), spec).q, quantise(weights(), spec.resolved(False)).q)
     spec = QuantSpec.parse("int4", "64", embeddings="int8", method="gptq")
     assert spec.of("layers.0.attn.qkv.weight", (4, 64)) is spec and spec.of("head.weight", (4, 64)) is None
     embedding = spec.of("embed.weight", (4, 64))

@@ -65,7 +65,7 @@ def test_gptq_is_optimal_brain_quantisation_in_its_order(spec: QuantSpec) -> Non
     found = gptq(weight, hessian, spec)
     damped = hessian.double() + DAMPING * float(hessian.diagonal().mean()) * torch.eye(48)
     order = hessian.diagonal().argsort(descending=True).tolist()
-    expected = obq(weight.double().numpy(), damped.numpy(), quantise(weight, spec), order)
+    expected = obq(weight.double().numpy(), damped.numpy(), found, order)  # on its own grid
     close = np.isclose(found.dequantise().double().numpy(), expected, atol=1e-3)
     assert close.mean() > 0.98, "but for a rare tie, which turns what follows in its row"
 
@@ -171,12 +171,14 @@ def first_inputs(source: Reference) -> np.ndarray:
 
 
 @pytest.mark.parametrize("config", [GQA, LAYER_NORM, NORMED])
-def test_the_default_never_loses_to_the_range(config: GLMConfig, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_without_text_rounding_never_loses_to_the_range(
+    config: GLMConfig, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
     """Under what it goes by: error of the weights; in the first block's qkv, of the output for every token."""
     source = checkpoint(tmp_path / "source", config, tiny_tokenizer, shared=0.5)
-    for name, method in (("default", None), ("absmax", "absmax")):
-        convert(source, tmp_path / name, spec=QuantSpec.parse("int4", "16", method=method))
-    stored = [open_reference(tmp_path / name).opened for name in ("default", "absmax")]
+    for method in ("mse", "absmax"):
+        convert(source, tmp_path / method, spec=QuantSpec.parse("int4", "16", method=method))
+    stored = [open_reference(tmp_path / method).opened for method in ("mse", "absmax")]
     kinds = [name for name, weight in stored[0].weights() if isinstance(weight, QuantTensor)]
     assert len(kinds) == 4 * config.n_layers
     x = first_inputs(source)
@@ -191,7 +193,7 @@ def test_learned_positions_leave_the_first_block_to_rounding(tmp_path: Path, tin
     """They are added to the embedding, which then does not tell the inputs."""
     config = replace(NORMED, residual="stream", residual_alpha=1.0, positions="learned")
     source = checkpoint(tmp_path / "source", config, tiny_tokenizer)
-    convert(source, tmp_path / "out", spec=QuantSpec.parse("int4", "16"))
+    convert(source, tmp_path / "out", spec=QuantSpec.parse("int4", "16", method="mse"))
     name = "layers.0.attn.qkv.weight"
     found, plain = open_reference(tmp_path / "out").opened.get(name), floats(source.opened.get(name)).float()
     assert isinstance(found, QuantTensor) and torch.equal(found.q, quantise(plain, QuantSpec(group=16)).q)
@@ -254,11 +256,42 @@ def test_text_alone_chooses_gptq(tmp_path: Path, tiny_tokenizer: Tokenizer) -> N
     assert default == gptq_ != awq
 
 
+def test_the_default_runs_the_packages_own_text(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    """Where the model has a tokenizer; else it rounds without. Both are said."""
+    source = checkpoint(tmp_path / "source", GQA, tiny_tokenizer)
+    folder = Path(__file__).resolve().parent.parent / "openglm" / "assets" / "calibration"
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("en.txt", "zh.txt")]
+    made = [
+        convert(source, tmp_path / "default", spec=QuantSpec()),
+        convert(source, tmp_path / "gptq", spec=QuantSpec(method="gptq"), calibration=texts),
+        convert(replace(source, tokenizer=None), tmp_path / "bare", spec=QuantSpec()),
+        convert(source, tmp_path / "mse", spec=QuantSpec(method="mse")),
+    ]
+    assert [m.method for m in made] == ["gptq", "gptq", "mse", "mse"]
+    stored = [(m.path / "model.safetensors").read_bytes() for m in made]
+    assert stored[0] == stored[1] != stored[2] == stored[3]
+
+
+@pytest.mark.parametrize(("leaf", "message"), [("mlp.up", "not finite, or beyond"), ("norm1", "its inputs are")])
+def test_what_is_not_finite_is_refused(leaf: str, message: str, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    source = checkpoint(tmp_path / "source", GQA, tiny_tokenizer)
+
+    def spoil(name: str, weight: Tensor | QuantTensor) -> Tensor | QuantTensor:
+        if name == f"layers.1.{leaf}.weight":
+            assert isinstance(weight, Tensor)
+            return weight * (1e9 if leaf == "mlp.up" else float("nan"))
+        return weight
+
+    broken = replace(source, opened=replace(source.opened, change=spoil))
+    with pytest.raises(ValueError, match=rf"^layers\.1\.[a-z.0-9]+: .*{message}"):
+        convert(broken, tmp_path / "out", spec=QuantSpec())
+
+
 def test_mistakes(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     source = checkpoint(tmp_path / "source", replace(GQA, tie_embeddings=True), tiny_tokenizer)
-    gptq_spec, plain = QuantSpec.parse("int4", method="gptq"), QuantSpec.parse("int4")
+    gptq_spec, plain = QuantSpec.parse("int4", method="gptq"), QuantSpec.parse("int4", method="mse")
     for spec, texts, message in [
-        (gptq_spec, [], "give text with --calibration"), (plain, ["x"], "goes with --quantize and --method"),
+        (plain, ["x"], "goes with --quantize and --method"),
         (gptq_spec, ["short"], "has . tokens: give one of 12. or more"),
         (QuantSpec.parse("int4", head="int8"), [], "are one matrix: choose its form with --embeddings"),
     ]:  # fmt: skip

@@ -28,7 +28,7 @@ from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder, named_tensors
 from openglm.quant import QuantSpec
-from openglm.quant.calibrate import Calibration, windows
+from openglm.quant.calibrate import Calibration, own_texts, windows
 
 __all__ = ["FORMATS", "Converted", "convert"]
 
@@ -40,12 +40,16 @@ GGUF_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"
 
 @dataclass(frozen=True)
 class Converted:
-    """path: what was written. n_bytes: of its weights. continued: an earlier, killed conversion was gone on with."""
+    """path: what was written. n_bytes: of its weights. continued: an earlier, killed conversion was gone on with.
+
+    method: how weights were rounded, None where none were.
+    """
 
     path: Path
     n_bytes: int
     n_tensors: int
     continued: bool
+    method: str | None = None
 
 
 def convert(
@@ -61,7 +65,7 @@ def convert(
 
     spec: quantise while converting (openglm, sat by whole rows, gguf as Q4_0 or Q8_0). dtype: of floating-point
     weights, default as stored (gguf: float16). tp: ranks to cut for (sat). calibration: texts for gptq and awq, which
-    run the model one block at a time.
+    run the model one block at a time; default the package's own, English and Chinese.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -71,6 +75,8 @@ def convert(
         raise ValueError(f"--tp goes with --format sat, not {format}")
     if spec is not None and format == "hf":
         raise ValueError("--quantize does not go with --format hf, which has no form for it: use openglm or gguf")
+    if spec is not None and format != "gguf":  # whose types have no choice of methods
+        spec = spec.resolved(text=format == "openglm" and reference.tokenizer is not None)
     if calibration and (spec is None or not spec.calibrated):
         raise ValueError("text for calibration goes with --quantize and --method gptq (the default then) or awq")
     opened = reference.opened
@@ -102,7 +108,7 @@ def convert(
         raise
     n_bytes = sum(entry["bytes"] for entry in out.sums.values() if entry["tensors"])
     out.commit()
-    return Converted(Path(target), n_bytes, n_tensors, out.continued)
+    return Converted(Path(target), n_bytes, n_tensors, out.continued, None if spec is None else spec.method)
 
 
 def _sources(opened: OpenedModel) -> dict[str, Any]:
@@ -118,11 +124,10 @@ def _fingerprint(path: Path) -> list[Any]:
 
 def _calibration_ids(reference: Reference, spec: QuantSpec, texts: Sequence[str]) -> Tensor:
     """Pieces of the texts, behind what stands in front of any text that this model continues."""
-    if not texts:
-        raise ValueError(f"--method {spec.method} looks at what the matrices see: give text with --calibration FILE")
     if reference.tokenizer is None:
         raise ValueError(f"{reference.opened.path} has no tokenizer to read text with: use --method mse")
     head = reference.meta.text_head(reference.meta.special_ids)
+    texts = texts or own_texts()
     return windows([reference.tokenizer.encode(text) for text in texts], head, reference.opened.config.max_seq_len)
 
 

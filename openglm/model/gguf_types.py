@@ -39,7 +39,7 @@ TYPES = {
     "F32": GgufType(0, 1, 4), "F16": GgufType(1, 1, 2), "BF16": GgufType(30, 1, 2), "Q8_0": GgufType(8, 32, 34),
     "Q4_0": GgufType(2, 32, 18), "Q4_1": GgufType(3, 32, 20), "Q5_0": GgufType(6, 32, 22), "Q5_1": GgufType(7, 32, 24),
     "Q2_K": GgufType(10, 256, 84), "Q3_K": GgufType(11, 256, 110), "Q4_K": GgufType(12, 256, 144),
-    "Q5_K": GgufType(13, 256, 176), "Q6_K": GgufType(14, 256, 210),
+    "Q5_K": GgufType(13, 256, 176), "Q6_K": GgufType(14, 256, 210), "IQ4_NL": GgufType(20, 32, 18),
 }  # fmt: skip
 _NAMES = {kind.id: name for name, kind in TYPES.items()}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

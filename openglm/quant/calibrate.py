@@ -1,6 +1,7 @@
 """Calibration: text runs through the model one block at a time, and each block is quantised by what its matrices see.
 
-    python -m openglm convert MODEL OUT --format openglm --quantize int4 --method gptq --calibration text.txt
+    python -m openglm convert MODEL OUT --format openglm --quantize int4
+    python -m openglm convert MODEL OUT --format openglm --quantize int4 --calibration text.txt
 
 Only one block's weights are in memory, and the hidden states of the text. A block's inputs come from the quantised
 blocks before it, so that it makes up for their error as far as it can.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +26,18 @@ from openglm.quant.gptq import gptq
 from openglm.quant.rounding import quantise
 from openglm.quant.spec import QuantSpec
 
-__all__ = ["Calibration", "windows"]
+__all__ = ["Calibration", "own_texts", "windows"]
 
 MATRICES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
 N_TOKENS, WINDOW = 8192, 512  # of the text, and of each piece of it
 PASS_TOKENS = 2048  # through a block at once
 SAMPLE = 512  # inputs of a matrix kept for AWQ
+
+
+def own_texts() -> list[str]:
+    """The text that comes with the package, English and Chinese (openglm/assets/calibration)."""
+    folder = Path(__file__).resolve().parents[1] / "assets" / "calibration"
+    return [(folder / name).read_text(encoding="utf-8") for name in ("en.txt", "zh.txt")]
 
 
 def windows(texts: Sequence[Sequence[int]], head: Sequence[int], context: int, n_tokens: int = N_TOKENS) -> Tensor:
@@ -99,7 +107,10 @@ class Calibration:
         for name, s in seen.items():
             part = self.spec.of(prefix + name, tuple(state[name].shape))
             assert part is not None
-            found = gptq(state[name], s.hessian, part) if s.hessian is not None else quantise(state[name], part)
+            try:
+                found = gptq(state[name], s.hessian, part) if s.hessian is not None else quantise(state[name], part)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{name}: {error}") from None
             self.tensors[name], state[name] = found, found.dequantise()
         block.load_state_dict(state, assign=True)
         self.passes = [(block(h, rope, mask), rope, mask) for h, rope, mask in self.passes]

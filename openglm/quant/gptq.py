@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from openglm.ops.quant import QuantTensor, pack_int4
-from openglm.quant.rounding import fit, integers
+from openglm.quant.rounding import NOT_FINITE, fit, integers
 from openglm.quant.spec import QuantSpec
 
 __all__ = ["gptq"]
 
 BLOCK = 128  # columns updated at once behind the ones being rounded
+LEAST = 1e-4  # importance of a column that sees next to nothing
 DAMPING = 0.01  # of H's mean diagonal, added to it
 
 
@@ -27,15 +28,22 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = Tru
 
     hessian: (columns, columns) float32, the sum of x^T x over inputs x. act_order: columns with the largest inputs
     first, on grids that are fitted to the weights beforehand; else from left to right, each group's grid fitted when
-    its turn comes. Columns that see no input are rounded to nearest.
+    its turn comes. A search for a grid weighs the columns by the inputs they see. Columns that see none are rounded to
+    nearest. Raises ValueError for what is not finite.
     """
     rows, columns = weight.shape
     group = spec.group or columns
     w = weight.float().t().contiguous()  # (columns, rows): one column lies together
     seen = hessian.diagonal()
+    if not bool(seen.isfinite().all()):
+        raise ValueError("its inputs are not finite: --method mse rounds without running the model")
     order = seen.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = _factor(hessian.float(), order)
-    scale, minimum = fit(w.view(-1, group, rows).transpose(0, 1).reshape(group, -1), spec)
+    importance = _importance(seen).view(-1, group, 1)
+    grouped = w.view(-1, group, rows).transpose(0, 1)
+    scale, minimum = fit(grouped.reshape(group, -1), spec, importance.transpose(0, 1).expand_as(grouped).flatten(1))
+    if not all(bool(s.isfinite().all()) for s in (scale, minimum) if s is not None):
+        raise ValueError(NOT_FINITE)
     scale, minimum = scale.view(-1, rows), None if minimum is None else minimum.view(-1, rows)
     original, w, q = w, w[order], torch.empty_like(w)
     for first in range(0, columns, BLOCK):
@@ -48,7 +56,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = Tru
                 now = torch.cat([block[i:], w[stop : first + i + group]])[:group]
                 if stop < first + i + group:  # what lies behind this block waits for the block's errors
                     now[stop - first - i :] -= factor[first : first + i, stop : first + i + group].t() @ errors[:i]
-                scale[g], found = fit(now, spec)
+                scale[g], found = fit(now, spec, importance[g].expand_as(now))
                 if minimum is not None and found is not None:
                     minimum[g] = found
             low = None if minimum is None else minimum[g]
@@ -71,6 +79,12 @@ def _values(q: Tensor, scale: Tensor, minimum: Tensor | None, spec: QuantSpec) -
     if minimum is not None:
         return torch.addcmul(minimum.float(), q, scale.float())
     return (q if spec.bits == 8 else q - 8) * scale.float()
+
+
+def _importance(seen: Tensor) -> Tensor:
+    """(columns,) mean square of each column's inputs in units of the mean of all, but no less than LEAST."""
+    mean = seen.mean()
+    return (seen / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(seen)
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:

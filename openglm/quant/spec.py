@@ -25,8 +25,9 @@ class QuantSpec:
     and minimum. None: INT8 and whole rows are symmetric, INT4 in groups is not. embeddings, head: bits of these two,
     0 leaves them as they are; a tied matrix goes by `embeddings`.
     method: "absmax" rounds to nearest on the range of the values; "mse" searches the range with the least squared
-    error, and goes by the embedding table in the first block's qkv (openglm.quant.embedded); "gptq" and "awq" need
-    text (openglm.quant.calibrate). None: "mse" for INT4 in groups, else "absmax", which is what GLM-130B does.
+    error, and goes by the embedding table in the first block's qkv (openglm.quant.embedded); "gptq" and "awq" run text
+    through the model (openglm.quant.calibrate). None: "absmax", which is what GLM-130B does, but for INT4 in groups:
+    "gptq" where `convert` can read text for the model, else "mse".
     Raises ValueError for what does not go together.
     """
 
@@ -48,9 +49,7 @@ class QuantSpec:
             raise ValueError("INT8 is symmetric: its integers are signed")
         if self.embeddings not in BITS.values() or self.head not in BITS.values():
             raise ValueError(f"embeddings and head have 0, 4 or 8 bits, not {self.embeddings} and {self.head}")
-        if self.method is None:
-            object.__setattr__(self, "method", "mse" if self.bits == 4 and self.group is not None else "absmax")
-        if self.method not in METHODS:
+        if self.method is not None and self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: give one of {', '.join(METHODS)}")
 
     @classmethod
@@ -72,9 +71,20 @@ class QuantSpec:
             cast(Bits, BITS[head]), cast("Method | None", method),
         )  # fmt: skip
 
+    def resolved(self, text: bool) -> QuantSpec:
+        """With its method chosen. text: whether the model can be calibrated."""
+        if self.method is not None:
+            return self
+        return replace(self, method=("gptq" if text else "mse") if self.searched else "absmax")
+
     @property
     def calibrated(self) -> bool:
         return self.method in CALIBRATED
+
+    @property
+    def searched(self) -> bool:
+        """Whether ranges are those of least error, not those of the values."""
+        return self.method != "absmax" if self.method is not None else self.bits == 4 and self.group is not None
 
     def of(self, name: str, shape: tuple[int, ...]) -> QuantSpec | None:
         """The spec of the tensor of that name (ours), its bits chosen; None where it is not quantised.
@@ -89,7 +99,7 @@ class QuantSpec:
             if not bits:
                 return None
             symmetric = True if bits == 8 or self.bits == 8 else self.symmetric
-            spec = replace(self, bits=bits, symmetric=symmetric, method="mse" if self.calibrated else self.method)
+            spec = replace(self, bits=bits, symmetric=symmetric, method="mse" if self.searched else "absmax")
         if shape[1] % (self.group or 2):
             raise ValueError(f"{name} has {shape[1]} columns, which groups of {self.group or 2} do not divide")
         return spec
