@@ -104,7 +104,8 @@ class Calibration:
         if self.spec.method == "awq":
             scale_block(state, self.opened.config, {name: s.inputs() for name, s in seen.items()}, self.spec)
         self.tensors = dict(state)
-        for name, s in seen.items():
+        for name in list(seen):
+            s = seen.pop(name)  # a second moment is large: it goes as soon as it has served
             part = self.spec.of(prefix + name, tuple(state[name].shape))
             assert part is not None
             try:

@@ -88,17 +88,20 @@ def _importance(seen: Tensor) -> Tensor:
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of H, its rows and columns in `order`; damped until there is one."""
-    h = hessian[order][:, order]
-    mean = float(h.diagonal().mean()) or 1.0
-    h.diagonal()[h.diagonal() == 0] = mean
+    """Upper Cholesky factor of the inverse of H, its rows and columns in `order`; damped until there is one.
+
+    Holds two matrices of H's size beside it, as H is the largest of a wide layer's conversion.
+    """
+    mean = float(hessian.diagonal().mean()) or 1.0
     damping = DAMPING * mean
     while True:
-        damped = h.clone()
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        h = hessian[order][:, order]
+        h.diagonal()[h.diagonal() == 0] = mean
+        h.diagonal().add_(damping)
+        h, failed = torch.linalg.cholesky_ex(h)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            h = torch.cholesky_inverse(h)
+            h, failed = torch.linalg.cholesky_ex(h, upper=True)
             if not failed:
-                return upper
+                return h
         damping *= 10
