@@ -117,19 +117,24 @@ class Calibration:
         self.passes = [(block(h, rope, mask), rope, mask) for h, rope, mask in self.passes]
 
     def _embedded(self) -> Iterator[tuple[Tensor, Any, Tensor | None]]:
-        """What the first block is called with, for each pass."""
+        """What the first block is called with, for each pass. Of the embedding, only rows that the text has."""
         model = Transformer(replace(self.opened.config, n_layers=1), device="meta")
+        tokens, numbers = self.ids.unique(return_inverse=True)
         for name in self.opened.names():
             if name.startswith("embed"):
                 path, leaf = name.rsplit(".", 1)
-                setattr(model.get_submodule(path), leaf, nn.Parameter(floats(self.opened.get(name)).float(), False))
+                table = self.opened.get(name)
+                if name == "embed.weight":
+                    table = table[tokens] if isinstance(table, Tensor) else table.take_rows(tokens)
+                setattr(model.get_submodule(path), leaf, nn.Parameter(floats(table).float(), False))
         recorder = _Recorder()
         model.layers[0], model.norm = recorder, nn.Identity()
-        for ids in self.ids.split(max(1, PASS_TOKENS // self.ids.shape[1])):
+        step = max(1, PASS_TOKENS // self.ids.shape[1])
+        for ids, rows in zip(self.ids.split(step), numbers.split(step), strict=True):
             layouts = [prompt_layout(row.tolist(), model.config, self.special_ids) for row in ids]
             positions = torch.stack([layout.positions(0, ids.shape[1]) for layout in layouts], dim=1)
             context = torch.stack([layout.context(ids.shape[1]) for layout in layouts])
-            model(ForwardBatch(ids, positions, context=context if bool(context.any()) else None))
+            model(ForwardBatch(rows, positions, context=context if bool(context.any()) else None))
             yield recorder.called
 
 
