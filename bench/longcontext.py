@@ -1,10 +1,11 @@
 """Long contexts: needles found in a long text, and memory and time by the length of the context.
 
-    python bench/longcontext.py needle model.gguf --lengths 2048 8192
+    python bench/longcontext.py needle model.gguf --lengths 2048 8192 [--yarn 2]
     python bench/longcontext.py memory --lengths 8192 32768 131072 --plot memory.svg
 
-needle: in a text of each length, five sentences at different depths name five numbers; each is asked for. The text is
-read once: the four later questions find it in the prefix cache.
+needle: in a text of each length and language, five sentences at different depths name five numbers; each is asked for.
+The text is read once: the four later questions find it in the prefix cache. --yarn lengthens the context that the model
+was trained on by a factor.
 memory: each length in a process of its own. As computing the keys and values of a very long text takes hours (attention
 is quadratic), those of all but the last 512 tokens are random numbers, written straight into the pool; then the
 last piece of the prompt and some tokens of the answer are run, as the engine runs them. `--whole` computes everything.
@@ -24,9 +25,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval" / "wikitext-2" / "valid.txt"
-NEEDLES = [(0.05, "Paris", 48213), (0.25, "Cairo", 70956), (0.5, "Lima", 15387), (0.75, "Oslo", 92604),
-           (0.95, "Tokyo", 36871)]  # fmt: skip
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEXTS = {"en": DATA / "eval" / "wikitext-2" / "valid.txt", "zh": DATA / "corpus" / "val-zh.jsonl.zst"}
+SENTENCES = {"en": ("The secret number of {} is", " {}."), "zh": ("{}的秘密数字是", "{}。")}
+CITIES = {"en": ("Paris", "Cairo", "Lima", "Oslo", "Tokyo"), "zh": ("巴黎", "开罗", "利马", "奥斯陆", "东京")}
+DEPTHS, NUMBERS = (0.05, 0.25, 0.5, 0.75, 0.95), (48213, 70956, 15387, 92604, 36871)
 STEP = 512  # tokens of a pass
 N_DECODE = 8
 PRESET = "random:glm-edge-1.5b?quantize=int4"
@@ -36,40 +39,69 @@ PRESET = "random:glm-edge-1.5b?quantize=int4"
 
 
 def needle(o: argparse.Namespace) -> dict[str, Any]:
-    import openglm
     from openglm.engine import Engine, EngineOptions
 
-    model = openglm.load(o.model, device="cpu")
+    model = lengthened(o.model, o.yarn)
     old, rows = model.engine, []
-    print("| tokens | found at depth " + " | ".join(f"{depth:.0%}" for depth, _, _ in NEEDLES)
-          + " | first answer, s | later ones, s |\n|" + "---|" * 8)  # fmt: skip
-    for length in o.lengths:
+    print("| text | tokens | found at depth " + " | ".join(f"{depth:.0%}" for depth in DEPTHS)
+          + " | first answer, s | later ones, s | peak, MiB |\n|" + "---|" * 10)  # fmt: skip
+    for length, language in ((length, language) for length in o.lengths for language in o.languages):
         options = EngineOptions(n_parallel=1, pool_tokens=length + 256, kv_dtype=o.kv_dtype)
         model.engine = Engine(old.model, old.special_ids, old.vocab_size, options)
-        haystack = haystack_of(model, o.text.read_text(encoding="utf-8"), length)
+        haystack = haystack_of(model, language, length)
         found, seconds = [], []
-        for _, city, number in NEEDLES:
-            question = model.tokenizer.encode(f"\n\nThe secret number of {city} is")
+        for city, number in zip(CITIES[language], NUMBERS, strict=True):
+            question = model.tokenizer.encode("\n\n" + SENTENCES[language][0].format(city))
             start = time.perf_counter()
             answer = model.generate([*haystack, *question], temperature=0.0, max_new_tokens=10)
             seconds.append(time.perf_counter() - start)
             found.append(str(number) in answer)
-        row = {"tokens": len(haystack), "found": found, "first_s": round(seconds[0], 1)}
+        row = {"text": language, "tokens": len(haystack), "found": found, "first_s": round(seconds[0], 1)}
         row["later_s"] = round(sum(seconds[1:]) / (len(seconds) - 1), 2)
+        row["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         rows.append(row)
-        print(f"| {row['tokens']:,} | " + " | ".join("yes" if x else "no" for x in found)
-              + f" | {row['first_s']} | {row['later_s']} |", flush=True)  # fmt: skip
-    return {"model": Path(o.model).name, "rows": rows}
+        print(f"| {language} | {row['tokens']:,} | " + " | ".join("yes" if x else "no" for x in found)
+              + f" | {row['first_s']} | {row['later_s']} | {row['peak_mib']:,} |", flush=True)  # fmt: skip
+    return {"model": Path(o.model).name, "yarn": o.yarn, "rows": rows}
 
 
-def haystack_of(model: Any, text: str, length: int) -> list[int]:
-    """Ids of the text, as many as fit with the needles and a question into `length`."""
-    encode = model.tokenizer.encode
-    needles = [(depth, encode(f"\n\nThe secret number of {city} is {number}.\n\n")) for depth, city, number in NEEDLES]
-    n_text = length - sum(len(ids) for _, ids in needles) - 32
-    ids = encode(text[: 8 * n_text])[:n_text]
+def lengthened(path: str, factor: float) -> Any:
+    """The ChatModel of a checkpoint, its context made longer by YaRN where the factor is above 1."""
+    import dataclasses
+
+    from openglm.chat import ChatModel
+    from openglm.engine import Engine
+    from openglm.loading import default_dtype, open_reference, pick_device
+    from openglm.model.load import load_weights
+
+    found, cpu = open_reference(Path(path)), pick_device("cpu")
+    opened, config = found.opened, found.opened.config
+    if factor > 1.0:
+        rope = dataclasses.replace(config.rope, yarn_factor=factor, yarn_context=config.max_seq_len)
+        config = dataclasses.replace(config, max_seq_len=int(factor * config.max_seq_len), rope=rope)
+        opened = dataclasses.replace(opened, config=config)
+    model = load_weights(opened, cpu, default_dtype(opened, cpu), packed=True)
+    assert found.tokenizer is not None, "a needle is text"
+    engine = Engine(model, found.meta.special_ids or found.tokenizer.special_ids, found.tokenizer.vocab_size)
+    return ChatModel(engine, found.tokenizer, found.chat_format, found.meta)
+
+
+def haystack_of(model: Any, language: str, length: int) -> list[int]:
+    """Ids of a text in that language, as many as fit with the needles and a question into `length`."""
+    from openglm.data.sources import expand_sources, texts_of
+
+    encode, (start, end) = model.tokenizer.encode, SENTENCES[language]
+    needles = [encode(f"\n\n{start.format(city)}{end.format(number)}\n\n")
+               for city, number in zip(CITIES[language], NUMBERS, strict=True)]  # fmt: skip
+    n_text = length - sum(map(len, needles)) - 32
+    text, n_wanted = "", 8 * n_text
+    for document in texts_of(expand_sources(TEXTS[language]), "text", None):
+        text += document + "\n\n"
+        if len(text) >= n_wanted:
+            break
+    ids = encode(text[:n_wanted])[:n_text]
     assert len(ids) == n_text, "the text is too short"
-    for depth, sentence in sorted(needles, reverse=True):
+    for depth, sentence in sorted(zip(DEPTHS, needles, strict=True), reverse=True):
         at = int(depth * n_text)
         ids[at:at] = sentence
     return ids
@@ -135,9 +167,7 @@ def fill(runner: Any, n_tokens: int) -> None:
     n_pages = n_tokens // runner.page_size
     random = torch.randn(runner._keys[0, 0].shape, generator=torch.Generator().manual_seed(0))
     if runner._keys.dtype == torch.int8:
-        random = (random * 30).round().clamp(-127, 127)
-        for scales in runner._scales:
-            scales[:, :n_pages] = 1 / 30
+        random = (random * 15).round().clamp(-63, 63) * 2  # even numbers: the code of the least scale
     for tensor in (runner._keys, runner._values):
         tensor[:, :n_pages] = random.to(tensor.dtype)
 
@@ -167,7 +197,8 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     find = verbs.add_parser("needle", help="numbers found in a long text")
     find.add_argument("model", help="a .gguf file or a checkpoint folder of a causal model")
-    find.add_argument("--text", type=Path, default=TEXT, help="UTF-8 text to hide them in")
+    find.add_argument("--languages", nargs="+", choices=list(TEXTS), default=list(TEXTS))
+    find.add_argument("--yarn", type=float, default=1.0, help="factor on the model's context")
     find.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     measure = verbs.add_parser("memory", help="peak memory by length, of random weights")
     measure.add_argument("--reference", default=PRESET)

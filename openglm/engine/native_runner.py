@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openglm.engine.runner import KV_DTYPES, Chunk
+from openglm.engine.runner import Chunk, kv_type
 from openglm.model.linear import PackedEmbedding, PackedLinear, RowParts
-from openglm.model.paged import lazy_zeros
+from openglm.model.paged import key_centres, lazy_zeros
 from openglm.model.transformer import Block, Transformer
 from openglm.ops import native
 
@@ -59,14 +59,12 @@ class NativeRunner:
         self.model, self.config, self.page_size, self.n_pages = model, model.config, page_size, n_pages
         self._kept: list[Any] = []  # what the pointers of the structures point into
         self._struct = self._model_struct()
-        dtype = KV_DTYPES[kv_dtype or natural_kv_dtype(model)]
+        dtype = kv_type(model, kv_dtype or natural_kv_dtype(model))
         c = self.config
         rows = (c.n_layers, n_pages, c.n_kv_heads, page_size)
         self._keys, self._values = (lazy_zeros((*rows, c.head_dim), dtype) for _ in range(2))
-        self._scales = [lazy_zeros(rows, torch.float32) for _ in range(2)] if dtype == torch.int8 else []
-        scales: list[int | None] = [s.data_ptr() for s in self._scales] or [None, None]
         self._pool = native.PoolStruct(
-            native.KINDS[dtype], page_size, n_pages, self._keys.data_ptr(), self._values.data_ptr(), *scales,
+            native.KINDS[dtype], page_size, n_pages, self._keys.data_ptr(), self._values.data_ptr()
         )
         library = native.library()
         assert library is not None
@@ -78,7 +76,7 @@ class NativeRunner:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(t.nbytes for t in (self._keys, self._values, *self._scales))
+        return self._keys.nbytes + self._values.nbytes
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         ids = array("q", [i for chunk in chunks for i in chunk.ids])
@@ -110,7 +108,9 @@ class NativeRunner:
         c, model = self.config, self.model
         frequencies = self._keep(model._inv_freq.float().contiguous())
         learned = c.positions == "learned"
-        layers = (native.LayerStruct * c.n_layers)(*(self._layer(block) for block in model.layers))
+        centres = key_centres(model)
+        pointers = [None] * c.n_layers if centres is None else [x.data_ptr() for x in self._keep(centres)]
+        layers = (native.LayerStruct * c.n_layers)(*map(self._layer, model.layers, pointers))
         self._kept.append(layers)
         empty = native.MatrixStruct()
         return native.ModelStruct(
@@ -124,13 +124,13 @@ class NativeRunner:
             layers=layers, norm=self._norm(model.norm), head=self._linear(model.head or model.embed),
         )  # fmt: skip
 
-    def _layer(self, block: nn.Module) -> native.LayerStruct:
+    def _layer(self, block: nn.Module, centre: int | None) -> native.LayerStruct:
         assert isinstance(block, Block)
         gated = self.config.mlp != "gelu"
         return native.LayerStruct(
             self._norm(block.norm1), self._norm(block.norm2), self._norm(block.post_norm1),
             self._norm(block.post_norm2), self._linear(block.attn.qkv), self._linear(block.attn.out),
-            self._linear(block.mlp.up, self.config.ffn_dim if gated else None), self._linear(block.mlp.down),
+            self._linear(block.mlp.up, self.config.ffn_dim if gated else None), self._linear(block.mlp.down), centre,
         )  # fmt: skip
 
     def _linear(self, module: nn.Module, cut: int | None = None) -> native.LinearStruct:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from openglm.config import GLMConfig
 from openglm.model.batch import ForwardBatch
-from openglm.model.paged import PagedCache, PagedPool, Span
+from openglm.model.paged import PagedCache, PagedPool, Span, key_centres
 from openglm.model.transformer import Transformer
+from openglm.ops.kv import CODE_BITS
 
 __all__ = ["KV_DTYPES", "Chunk", "ModelRunner", "TorchRunner"]
 
@@ -68,7 +69,8 @@ class TorchRunner:
 
     def __init__(self, model: Transformer, n_pages: int, page_size: int = 16, kv_dtype: str | None = None) -> None:
         self.model, self.config = model, model.config
-        self.pool = PagedPool(model.config, n_pages, page_size, kv_type(model, kv_dtype), model.device)
+        dtype = kv_type(model, kv_dtype)
+        self.pool = PagedPool(model.config, n_pages, page_size, dtype, model.device, key_centres(model))
 
     @property
     def page_size(self) -> int:
@@ -98,6 +100,8 @@ def kv_type(model: Transformer, name: str | None) -> torch.dtype:
         return model.dtype
     if name not in KV_DTYPES:
         raise ValueError(f"unknown kv_dtype {name!r}: give one of {', '.join(KV_DTYPES)}")
+    if name == "int8" and model.config.head_dim < CODE_BITS:
+        raise ValueError(f"kv_dtype int8 needs heads of at least {CODE_BITS} numbers, not {model.config.head_dim}")
     return KV_DTYPES[name]
 
 

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig
+from openglm.model.transformer import Block, Transformer
 from openglm.ops.attention import attention, visible
+from openglm.ops.kv import from_bytes, spread, to_bytes
+from openglm.ops.rope import apply_rope
 
-__all__ = ["PagedCache", "PagedPool", "Span", "lazy_zeros"]
+__all__ = ["PagedCache", "PagedPool", "Span", "key_centres", "lazy_zeros"]
 
 _SINGLE = 1  # a sequence with one new token, as every answer that is being written
 
@@ -40,27 +43,29 @@ class Span(NamedTuple):
 
 
 class PagedPool:
-    """Room for n_pages pages of page_size tokens. dtype int8: absmax of each token and head, with a float32 scale.
+    """Room for n_pages pages of page_size tokens. dtype int8: in the form of `openglm.ops.kv`, keys spread.
 
     Elements: 2 * n_layers * n_pages * page_size * n_kv_heads * head_dim, taken at once; see `lazy_zeros`.
+    centres: (n_layers, n_kv_heads, head_dim), subtracted from keys that are stored in int8; None: nothing.
     """
 
     def __init__(
-        self, config: GLMConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
+        self, config: GLMConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+        centres: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.n_pages, self.page_size, self.dtype = n_pages, page_size, dtype
         shape = (config.n_layers, 2, n_pages * page_size, config.n_kv_heads, config.head_dim)
         self._data = lazy_zeros(shape, dtype, device)
-        self._scale = lazy_zeros((*shape[:-1], 1), torch.float32, device) if dtype == torch.int8 else None
+        zero = torch.zeros(config.n_layers, 1, 1)
+        self._centres = (zero if centres is None else centres).to(device)
 
     @property
     def n_bytes(self) -> int:
-        return self._data.nbytes + (0 if self._scale is None else self._scale.nbytes)
+        return self._data.nbytes
 
     @staticmethod
     def bytes_per_token(config: GLMConfig, dtype: torch.dtype) -> int:
-        heads = 2 * config.n_layers * config.n_kv_heads
-        return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
     def slots(self, pages: Sequence[int], start: int, stop: int) -> slice | Tensor:
         """Where tokens start to stop - 1 of a sequence lie: a slice where its pages are neighbours, else indices."""
@@ -74,19 +79,17 @@ class PagedPool:
 
     def write(self, layer: int, slots: slice | Tensor, k: Tensor, v: Tensor) -> None:
         """k, v: (N, G, D) of the tokens at `slots`."""
+        if self.dtype == torch.int8:
+            k, v = to_bytes(spread(k.float() - self._centres[layer])), to_bytes(v.float())
         for which, x in enumerate((k, v)):
-            if self._scale is not None:
-                scale = x.abs().amax(-1, keepdim=True).float() / 127.0
-                self._scale[layer, which, slots] = scale
-                x = (x.float() / scale.clamp(min=1e-30)).round_()
             self._data[layer, which, slots] = x.to(self.dtype)
 
     def read(self, layer: int, slots: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at `slots`, each of their shape with (G, D) behind it."""
-        k, v = (self._data[layer, which, slots].to(dtype) for which in (0, 1))
-        if self._scale is not None:
-            k, v = (x * self._scale[layer, i, slots].to(dtype) for i, x in enumerate((k, v)))
-        return k, v
+        k, v = (self._data[layer, which, slots] for which in (0, 1))
+        if self.dtype == torch.int8:
+            k, v = spread(from_bytes(k)) + self._centres[layer], from_bytes(v)
+        return k.to(dtype), v.to(dtype)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -97,6 +100,29 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
     kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **kind)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def key_centres(model: Transformer) -> Tensor | None:
+    """(n_layers, n_kv_heads, head_dim) float32: the mean of what a bias adds to keys, over the places of the context.
+
+    None without a bias. Scores of one query all move by the same when a constant is taken off every key, which the
+    softmax does not see. Biases of released models can be a hundred times as large as what they are added to, in the
+    pairs that turn least; INT8 would spend its steps on them.
+    """
+    config, centres = model.config, []
+    for block in model.layers:
+        assert isinstance(block, Block)
+        bias = getattr(block.attn.qkv, "bias", None)
+        if bias is None or config.rope.axes > 1:
+            return None
+        start, size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        centre = bias.detach().float()[start : start + size].view(config.n_kv_heads, config.head_dim)
+        if config.positions == "rope":
+            middle = model._inv_freq.float() * (config.max_seq_len / 2)
+            mean = model._rope_scale * torch.sinc(middle / math.pi)
+            centre = apply_rope(centre, mean * middle.cos(), mean * middle.sin())
+        centres.append(centre)
+    return torch.stack(centres)
 
 
 class _Group(NamedTuple):

@@ -45,7 +45,7 @@ DEQUANTISED_BLOCK = 1 << 23  # weights that model/linear.py dequantises at a tim
 class Workload:
     """What is run. context: tokens of a sequence, prompt and answer. batch: sequences at once, on each replica.
 
-    kv: precision of the cache, one of KV_PRECISIONS; int8 has a float16 scale for every head of every token.
+    kv: precision of the cache, one of KV_PRECISIONS.
     chunk: tokens of a prompt that go through the model in one pass; without effect on prefix models.
     """
 
@@ -243,7 +243,7 @@ def _weights(config: GLMConfig, form: WeightForm, tp: int, stored: Mapping[str, 
 
 def kv_bytes(config: GLMConfig, precision: str, tp: int = 1) -> int:
     """Bytes of keys and values that one token leaves on one of `tp` ranks, over all layers."""
-    head = config.head_dim + 2 if precision == "int8" else config.head_dim * PRECISION_BYTES[precision]
+    head = config.head_dim * (1 if precision == "int8" else PRECISION_BYTES[precision])
     return 2 * config.n_layers * kv_heads_per_rank(config, tp) * head
 
 

@@ -61,7 +61,7 @@ class NormStruct(Structure):
 class LayerStruct(Structure):
     _fields_ = [
         *((name, NormStruct) for name in ("norm1", "norm2", "post_norm1", "post_norm2")),
-        *((name, LinearStruct) for name in ("qkv", "out", "up", "down")),
+        *((name, LinearStruct) for name in ("qkv", "out", "up", "down")), ("key_centre", c_void_p),
     ]  # fmt: skip
 
 
@@ -80,7 +80,6 @@ class ModelStruct(Structure):
 class PoolStruct(Structure):
     _fields_ = [
         ("kind", c_int32), ("page_size", c_int32), ("n_pages", c_int64), ("keys", c_void_p), ("values", c_void_p),
-        ("key_scales", c_void_p), ("value_scales", c_void_p),
     ]  # fmt: skip
 
 

@@ -11,58 +11,112 @@ inline int64_t kv_row(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int
   return ((layer * pool->n_pages + page) * n_kv_heads + kv_head) * pool->page_size; // in tokens
 }
 
-// Elements of a cache from `n` floats times a factor, n at most lanes.
-template <class S> void cast(const float *x, int64_t n, float factor, float *to) {
-  for (int64_t i = 0; i < n; i++) to[i] = x[i] * factor;
-}
-template <class S> void cast(const float *x, int64_t n, float factor, int8_t *to) {
-  for (int64_t i = 0; i < n; i++) to[i] = x[i] == x[i] ? (int8_t)nearbyintf(x[i] * factor) : 0;
-}
-template <class S> void cast_half(const float *x, int64_t n, bool bf16, uint16_t *to) {
+// Elements of a cache from `n` floats, at most lanes.
+template <class S> void cast(const float *x, int64_t n, bool, float *to) { memcpy(to, x, n * sizeof(float)); }
+template <class S> void cast(const float *x, int64_t n, bool bf16, uint16_t *to) {
   if (n == S::lanes && !bf16) S::to_f16(to, S::load(x));
   else
     for (int64_t i = 0; i < n; i++) to[i] = bf16 ? float_to_bf16(x[i]) : float_to_half(x[i]);
 }
 
-template <class S, class T, class Cast>
-void store_kind(const OgPool *pool, int64_t k, int64_t v, int64_t head_dim, const float *key, const float *value,
-                const Cast &convert) {
+template <class S, class T>
+void store_floats(const OgPool *pool, int64_t k, int64_t v, int64_t head_dim, const float *key, const float *value) {
   T some[S::lanes], *keys = (T *)pool->keys + k, *values = (T *)pool->values + v;
   for (int64_t d = 0; d < head_dim; d += S::lanes) {
     int64_t n = head_dim - d < S::lanes ? head_dim - d : S::lanes;
-    convert(key + d, n, true, some);
+    cast<S>(key + d, n, pool->kind == OG_BF16, some);
     for (int64_t i = 0; i < n; i++) keys[16 * (d + i)] = some[i];
-    convert(value + d, n, false, some);
-    memcpy(values + d, some, n * sizeof(T));
+    cast<S>(value + d, n, pool->kind == OG_BF16, values + d);
   }
 }
 
+// ---------------------------------------------------------------- INT8
+
+// A head of a token is head_dim bytes: its numbers over a scale, turned by `spread`. The scale's code is in them too,
+// bit i of it as the lowest bit of number i: these eight numbers are rounded to even or odd ones. Codes have five bits
+// of exponent and three of mantissa, from 2^-22 on; the last one stands for NaN.
+const int32_t SCALE_BASE = (127 - 22) << 23, SCALE_NAN = 255;
+
+inline float scale_of(int32_t code) {
+  int32_t bits = code == SCALE_NAN ? 0x7FC00000 : (code << 20) + SCALE_BASE;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return scale;
+}
+
+inline int32_t scale_code(float scale) { // of the least one that is not below it
+  int32_t bits;
+  memcpy(&bits, &scale, 4);
+  int32_t code = bits <= SCALE_BASE ? 0 : (bits - SCALE_BASE + (1 << 20) - 1) >> 20;
+  return code < SCALE_NAN ? code : SCALE_NAN - 1;
+}
+
+// Scales of 16 keys side by side.
+inline void key_scales(const int8_t *keys, float *scales) {
+  const uint64_t ones = 0x0101010101010101u;
+  uint8_t codes[16];
+  for (int half = 0; half < 2; half++) {
+    uint64_t eight = 0;
+    for (int i = 0; i < 8; i++) {
+      uint64_t row;
+      memcpy(&row, keys + 16 * i + 8 * half, 8);
+      eight |= (row & ones) << i;
+    }
+    memcpy(codes + 8 * half, &eight, 8);
+  }
+  for (int i = 0; i < 16; i++) scales[i] = scale_of(codes[i]);
+}
+
+inline float value_scale(const int8_t *value) {
+  int32_t code = 0;
+  for (int i = 0; i < 8; i++) code |= (value[i] & 1) << i;
+  return scale_of(code);
+}
+
+// Walsh-Hadamard transform, by blocks of as many numbers as the largest power of two in head_dim: a turn that leaves
+// products of two heads as they are, and shares what is large in one number among all of them.
+inline void spread(float *x, int64_t head_dim) {
+  const int64_t block = head_dim & -head_dim;
+  const float factor = 1.0f / sqrtf((float)block);
+  for (int64_t h = 1; h < block; h *= 2)
+    for (int64_t i = 0; i < head_dim; i += 2 * h)
+      for (int64_t j = i; j < i + h; j++) {
+        float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+  for (int64_t d = 0; d < head_dim; d++) x[d] *= factor;
+}
+
+// n numbers, `stride` bytes apart.
+inline void store_bytes(const float *x, int64_t n, int64_t stride, int8_t *to) {
+  float top = 0.0f, odd = 0.0f;
+  for (int64_t d = 0; d < n; d++) {
+    top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
+    odd += x[d] - x[d];
+  }
+  const int32_t code = odd == 0.0f ? scale_code(top / 127.0f) : SCALE_NAN; // NaN and infinities must not get lost
+  const float scale = scale_of(code == SCALE_NAN ? 0 : code);
+  for (int64_t d = 0; d < n; d++) {
+    const float bit = d < 8 ? (float)(code >> d & 1) : 0.0f, step = d < 8 ? 2.0f : 1.0f;
+    float y = odd == 0.0f ? nearbyintf((x[d] / scale - bit) / step) * step : 0.0f;
+    y = y < -128.0f ? -128.0f : y > 128.0f - step ? 128.0f - step : y;
+    to[d * stride] = (int8_t)(y + bit);
+  }
+}
+
+// ---------------------------------------------------------------- all kinds
+
 template <class S>
 void store_kv(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t head_dim, int64_t kv_head, int64_t page,
-              int64_t slot, const float *key, const float *value) {
+              int64_t slot, float *key, const float *value) {
   int64_t row = kv_row(pool, layer, n_kv_heads, page, kv_head);
   int64_t k = row * head_dim + slot / 16 * 16 * head_dim + slot % 16, v = (row + slot) * head_dim;
-  if (pool->kind == OG_F32)
-    return store_kind<S, float>(pool, k, v, head_dim, key, value,
-                                [](auto x, auto n, bool, float *to) { cast<S>(x, n, 1.0f, to); });
-  if (pool->kind != OG_INT8) {
-    const bool bf16 = pool->kind == OG_BF16;
-    return store_kind<S, uint16_t>(pool, k, v, head_dim, key, value,
-                                   [=](auto x, auto n, bool, uint16_t *to) { cast_half<S>(x, n, bf16, to); });
-  }
-  float key_top = 0.0f, value_top = 0.0f, odd = 0.0f; // a scale for each token and head
-  for (int64_t d = 0; d < head_dim; d++) {
-    key_top = fabsf(key[d]) > key_top ? fabsf(key[d]) : key_top;
-    value_top = fabsf(value[d]) > value_top ? fabsf(value[d]) : value_top;
-    odd += value[d] - value[d]; // NaN must not get lost
-  }
-  pool->key_scales[row + slot] = key_top / 127.0f;
-  pool->value_scales[row + slot] = value_top / 127.0f + odd;
-  const float key_factor = key_top > 0 ? 127.0f / key_top : 0.0f;
-  const float value_factor = value_top > 0 ? 127.0f / value_top : 0.0f;
-  store_kind<S, int8_t>(pool, k, v, head_dim, key, value, [=](auto x, auto n, bool is_key, int8_t *to) {
-    cast<S>(x, n, is_key ? key_factor : value_factor, to);
-  });
+  if (pool->kind == OG_F32) return store_floats<S, float>(pool, k, v, head_dim, key, value);
+  if (pool->kind != OG_INT8) return store_floats<S, uint16_t>(pool, k, v, head_dim, key, value);
+  spread(key, head_dim);
+  store_bytes(key, head_dim, 16, (int8_t *)pool->keys + k);
+  store_bytes(value, head_dim, 1, (int8_t *)pool->values + v);
 }
 
 // f(row, N) for N rows at a time, then once for those left.
@@ -78,8 +132,7 @@ template <int N, class Work> void in_groups(int64_t rows, const Work &f) {
 
 // Scores of NQ query rows with G times 16 keys, each 16 side by side in memory: sums enough to keep the CPU busy.
 template <class S, class L, int NQ, int G>
-void score(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *const *key_scales,
-           float *scores) {
+void score(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *scales, float *scores) {
   const int V = 16 / S::lanes;
   typename S::F acc[NQ][G * V];
   for (int i = 0; i < NQ; i++)
@@ -94,19 +147,20 @@ void score(const float *q, int64_t head_dim, const typename L::T *const *keys, c
   }
   for (int i = 0; i < NQ; i++)
     for (int v = 0; v < G * V; v++) {
-      if (key_scales[0]) acc[i][v] = S::mul(acc[i][v], S::load(key_scales[v / V] + v % V * S::lanes));
+      if (scales) acc[i][v] = S::mul(acc[i][v], S::load(scales + v * S::lanes));
       S::store(scores + i * KEYS + v * S::lanes, acc[i][v]);
     }
 }
 
 // The same for `n` times 16 keys, 1 to 4.
 template <class S, class L, int NQ>
-void scores_of(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *const *key_scales,
-               int64_t n, float *scores) {
+void scores_of(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *scales, int64_t n,
+               float *scores) {
   const int most = S::registers / 2 / (NQ * (16 / S::lanes)), G = most >= 4 ? 4 : most >= 2 ? 2 : 1;
   int64_t at = 0;
-  for (; at + G <= n; at += G) score<S, L, NQ, G>(q, head_dim, keys + at, key_scales + at, scores + 16 * at);
-  for (; at < n; at++) score<S, L, NQ, 1>(q, head_dim, keys + at, key_scales + at, scores + 16 * at);
+  auto of = [&] { return scales ? scales + 16 * at : nullptr; };
+  for (; at + G <= n; at += G) score<S, L, NQ, G>(q, head_dim, keys + at, of(), scores + 16 * at);
+  for (; at < n; at++) score<S, L, NQ, 1>(q, head_dim, keys + at, of(), scores + 16 * at);
 }
 
 // out += weights * values for NQ rows and `n` tokens of one page.
@@ -193,6 +247,7 @@ void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t row
              float *scores, Sums sums) {
   const OgPool *pool = t->pool;
   const int64_t hd = t->head_dim;
+  constexpr bool bytes = sizeof(typename L::T) == 1;
   const typename L::T *keys = (const typename L::T *)pool->keys, *values = (const typename L::T *)pool->values;
   auto row_of = [&](int64_t key) {
     int64_t page = t->chunk->pages[key / pool->page_size];
@@ -202,14 +257,14 @@ void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t row
   for (int64_t b = first; b < last; b += KEYS) {
     int64_t n = last - b < KEYS ? last - b : KEYS;
     const typename L::T *keys_at[KEYS / 16];
-    const float *scales_at[KEYS / 16];
+    float scales[KEYS];
     for (int64_t s = 0; s < n; s += 16) {
-      int64_t row = row_of(b + s);
-      keys_at[s / 16] = keys + row * hd;
-      scales_at[s / 16] = pool->kind == OG_INT8 ? pool->key_scales + row : nullptr;
+      keys_at[s / 16] = keys + row_of(b + s) * hd;
+      if constexpr (bytes) key_scales(keys_at[s / 16], scales + s);
     }
     in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
-      scores_of<S, L, n_rows>(q + r * hd, hd, keys_at, scales_at, round_up(n, 16) / 16, scores + r * KEYS);
+      const float *by = bytes ? scales : nullptr;
+      scores_of<S, L, n_rows>(q + r * hd, hd, keys_at, by, round_up(n, 16) / 16, scores + r * KEYS);
     });
     for (int64_t r = 0; r < rows; r++) {
       int64_t count = limits[r] - b < n ? limits[r] - b : n;
@@ -219,9 +274,11 @@ void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t row
     }
     for (int64_t s = 0; s < n; s += 16) {
       int64_t row = row_of(b + s), m = n - s < 16 ? n - s : 16;
-      if (pool->kind == OG_INT8)
+      if constexpr (bytes) {
+        for (int64_t i = 0; i < m; i++) scales[i] = value_scale(values + (row + i) * hd);
         for (int64_t r = 0; r < rows; r++)
-          for (int64_t i = 0; i < m; i++) scores[r * KEYS + s + i] *= pool->value_scales[row + i];
+          for (int64_t i = 0; i < m; i++) scores[r * KEYS + s + i] *= scales[i];
+      }
       in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
         weigh<S, L, n_rows>(scores + r * KEYS + s, values + row * hd, m, hd, sums.out + r * hd);
       });
@@ -251,6 +308,7 @@ template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
   for (int64_t r = 0; r < rows; r++) {
     const float *from = t->q + r / t->group * t->q_stride + r % t->group * hd;
     for (int64_t d = 0; d < hd; d++) q[r * hd + d] = from[d] * scale;
+    if (t->pool->kind == OG_INT8) spread(q + r * hd, hd);
   }
   if (t->partial) { // one segment of it
     int64_t first = t->segment * OG_SEGMENT, last = first + OG_SEGMENT < longest ? first + OG_SEGMENT : longest;

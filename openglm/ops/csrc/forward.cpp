@@ -162,6 +162,9 @@ struct Pass {
     const int64_t hd = m.head_dim;
     float *key = qkv + (m.n_heads + g) * hd, *value = qkv + (m.n_heads + m.n_kv_heads + g) * hd;
     rotate(token, key, 1);
+    const float *centre = m.layers[layer].key_centre;
+    if (centre && pool.kind == OG_INT8)
+      for (int64_t d = 0; d < hd; d++) key[d] -= centre[g * hd + d];
     int64_t at = chunk.start + i;
     k.store_kv(&pool, layer, m.n_kv_heads, hd, g, chunk.pages[at / pool.page_size], at % pool.page_size, key, value);
   }

@@ -36,6 +36,7 @@ struct OgNorm { // bias NULL: no bias; weight NULL: no norm
 struct OgLayer {
   OgNorm norm1, norm2, post_norm1, post_norm2;
   OgLinear qkv, out, up, down;
+  const float *key_centre; // (kv heads, head_dim), subtracted from keys that are stored in INT8, or NULL
 };
 
 enum OgMlp : int32_t { OG_GELU_TANH = 0, OG_GEGLU = 1, OG_SWIGLU = 2 };
@@ -61,7 +62,6 @@ struct OgPool { // paged keys and values; n_pages pages of page_size (a multiple
   int64_t n_pages;
   void *keys;   // (layers, pages, kv heads, page_size / 16, head_dim, 16): tokens side by side, as scores want them
   void *values; // (layers, pages, kv heads, page_size, head_dim)
-  float *key_scales, *value_scales; // (layers, pages, kv heads, page_size), INT8 only
 };
 
 struct OgChunk { // consecutive tokens of one sequence
@@ -116,7 +116,7 @@ struct OgKernels {
   void (*activate)(int32_t mlp, const float *gate, const float *up, int64_t n, float *out);
   void (*rotate)(float *x, const float *cosines, const float *sines, int64_t half);
   void (*store_kv)(const OgPool *pool, int64_t layer, int64_t n_kv_heads, int64_t head_dim, int64_t kv_head,
-                   int64_t page, int64_t slot, const float *key, const float *value);
+                   int64_t page, int64_t slot, float *key, const float *value); // may overwrite the key
   void (*attend)(const OgTile *tile, float *scratch); // og_scratch() floats
   void (*join_segments)(const OgTile *tile, int64_t n, float *scratch); // n of them, side by side at `partial`
   double (*sum_exp)(const float *x, int64_t n, float peak); // of exp(x - peak); peak: the largest
