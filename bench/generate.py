@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true", help="our INT4 beside transformers in bfloat16")
     parser.add_argument("--table", action="store_true", help="our INT4, INT8 and bfloat16 at several batch sizes")
     parser.add_argument("--preset", default="glm-edge-1.5b", help="shape of both (default: glm-edge-1.5b)")
+    parser.add_argument("--form", default="quantize=int4", help="ours beside transformers (default: quantize=int4)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, which take turns")
@@ -205,13 +206,13 @@ def llama(o: argparse.Namespace) -> dict[str, Any]:
 
 def beside_transformers(o: argparse.Namespace) -> dict[str, Any]:
     """Both have random weights of one shape: speed does not depend on their values."""
-    reference = f"random:{o.preset}?quantize=int4"
+    reference = f"random:{o.preset}?{o.form}"
     sides = {
         "openglm": partial(ours, o, reference),
         "transformers bf16": partial(worker, o, "transformers", reference),
     }
     result = compared(in_turns(o, o.preset, sides))
-    show(f"{o.preset}, ours INT4", list(sides), result)
+    show(reference, list(sides), result)
     return {"model": reference, **result}
 
 

@@ -7,8 +7,8 @@ needle: in a text of each length and language, five sentences at different depth
 The text is read once: the four later questions find it in the prefix cache. --yarn lengthens the context that the model
 was trained on by a factor.
 memory: each length in a process of its own. As computing the keys and values of a very long text takes hours (attention
-is quadratic), those of all but the last 512 tokens are random numbers, written straight into the pool; then the
-last piece of the prompt and some tokens of the answer are run, as the engine runs them. `--whole` computes everything.
+is quadratic), the first 512 tokens and the last 64 are run, and some tokens of an answer, as the engine runs them; what
+lies between is random numbers, written straight into the pool. `--whole` computes everything.
 
 Prints a table in Markdown, and one JSON line last.
 """
@@ -30,7 +30,7 @@ TEXTS = {"en": DATA / "eval" / "wikitext-2" / "valid.txt", "zh": DATA / "corpus"
 SENTENCES = {"en": ("The secret number of {} is", " {}."), "zh": ("{}的秘密数字是", "{}。")}
 CITIES = {"en": ("Paris", "Cairo", "Lima", "Oslo", "Tokyo"), "zh": ("巴黎", "开罗", "利马", "奥斯陆", "东京")}
 DEPTHS, NUMBERS = (0.05, 0.25, 0.5, 0.75, 0.95), (48213, 70956, 15387, 92604, 36871)
-STEP = 512  # tokens of a pass
+STEP, LAST = 512, 64  # tokens of a pass, and of the last one where not all are run
 N_DECODE = 8
 PRESET = "random:glm-edge-1.5b?quantize=int4"
 
@@ -112,7 +112,7 @@ def haystack_of(model: Any, language: str, length: int) -> list[int]:
 
 def memory(o: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    print("| tokens | weights | keys and values | the rest | peak, MiB | last 512 tokens, s | next token, ms |")
+    print("| tokens | weights | keys and values | the rest | peak, MiB | last 64 tokens, s | next token, ms |")
     print("|---|---|---|---|---|---|---|")
     for length in o.lengths:
         command = [sys.executable, __file__, "one", o.reference, str(length), str(o.kv_dtype), str(int(o.whole))]
@@ -148,9 +148,12 @@ def one(reference: str, length: int, kv_dtype: str | None, whole: bool) -> dict[
         runner.run([Chunk(ids, start, torch.arange(start, start + n)[None], pages, 0, 1)])
         return time.perf_counter() - begin
 
-    first = 0 if whole else length - STEP
-    fill(runner, first)
-    pieces = [run(start, STEP) for start in range(first, length, STEP)]
+    if whole:
+        pieces = [run(start, STEP) for start in range(0, length, STEP)]
+    else:
+        run(0, STEP)
+        fill(runner, STEP, length - LAST)
+        pieces = [run(length - LAST, LAST)]
     tokens = sorted(run(length + i, 1) for i in range(N_DECODE))
     mib = 1024 * 1024
     return {
@@ -160,16 +163,16 @@ def one(reference: str, length: int, kv_dtype: str | None, whole: bool) -> dict[
     }  # fmt: skip
 
 
-def fill(runner: Any, n_tokens: int) -> None:
-    """Random keys and values for the first n_tokens of every layer, a page at a time."""
+def fill(runner: Any, start: int, stop: int) -> None:
+    """Random keys and values for tokens start to stop - 1 of every layer."""
     import torch
 
-    n_pages = n_tokens // runner.page_size
+    pages = slice(start // runner.page_size, stop // runner.page_size)
     random = torch.randn(runner._keys[0, 0].shape, generator=torch.Generator().manual_seed(0))
     if runner._keys.dtype == torch.int8:
         random = (random * 15).round().clamp(-63, 63) * 2  # even numbers: the code of the least scale
     for tensor in (runner._keys, runner._values):
-        tensor[:, :n_pages] = random.to(tensor.dtype)
+        tensor[:, pages] = random.to(tensor.dtype)
 
 
 def write_plot(path: Path, rows: list[dict[str, Any]]) -> None:

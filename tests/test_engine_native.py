@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -119,6 +121,36 @@ def test_a_pool_that_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not made.has_work
         made.check_integrity()
     assert len(made.generate([1, 2, 3], params(0)).token_ids) == N_NEW
+
+
+LITTLE_MEMORY = f"""
+import resource, openglm
+from openglm.engine import Engine, EngineOptions
+from openglm.types import SamplingParams
+model = openglm.load({TINY.replace("=256", "=8192").replace("ffn_dim=128", "ffn_dim=4096")!r}, device="cpu").engine.model
+made = Engine(model, {{}}, options=EngineOptions(step_tokens=4096, pool_tokens=8192))
+short, long = [[5] * n for n in (3, 4000)]
+wanted = made.generate(short, SamplingParams(max_new_tokens=4, temperature=0.0))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 24), resource.RLIM_INFINITY))
+try:
+    made.generate(long, SamplingParams(max_new_tokens=4))
+except MemoryError as error:
+    print(error)
+assert made.generate(short, SamplingParams(max_new_tokens=4, temperature=0.0)) == wanted
+made.check_integrity()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert len(made.generate(long, SamplingParams(max_new_tokens=4)).token_ids) == 4
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
+def test_a_pass_without_memory_ends_its_request() -> None:
+    """The native library's own buffers cannot be had: the request ends with a line, the engine goes on."""
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "no memory for a pass of 4000 tokens: lower step_tokens"
 
 
 @needs_library

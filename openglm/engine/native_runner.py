@@ -30,6 +30,8 @@ def runs_natively(model: Transformer) -> bool:
     """Whether NativeRunner takes the model: a CPU, the library, no P-Tuning prefix, matrices of kinds it knows."""
     if not native.available() or model.device.type != "cpu" or model.kv_prefix is not None:
         return False
+    if model.config.n_heads // model.config.n_kv_heads > native.TILE_ROWS:
+        return False
     modules: list[nn.Module] = [model.embed] if model.head is None else [model.embed, model.head]
     for block in model.layers:
         assert isinstance(block, Block)
@@ -97,9 +99,11 @@ class NativeRunner:
             end, len(chunks), len(outputs), ids.buffer_info()[0], positions.data_ptr(), structs,
             outputs.buffer_info()[0], logits.data_ptr(),
         )  # fmt: skip
-        self._library.og_forward(
+        done = self._library.og_forward(
             ctypes.byref(self._struct), ctypes.byref(self._pool), ctypes.byref(batch), self._workspace
         )
+        if not done:
+            raise MemoryError(f"no memory for a pass of {end} tokens: lower step_tokens")
         return logits
 
     # ---------------------------------------------------------------- the model as structures

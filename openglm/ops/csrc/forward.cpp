@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "openglm.h"
@@ -343,9 +344,15 @@ OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
 // Sum of exp(x - peak) over n numbers, peak being the largest.
 OG_API double og_sum_exp(const float *x, int64_t n, float peak) { return openglm::kernels()->sum_exp(x, n, peak); }
 
-OG_API void og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
+// 1; 0 where there is no memory for a pass of so many tokens, and nothing was computed.
+OG_API int og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
   using namespace openglm;
   Pass pass = {*model, *pool, *batch, *(Workspace *)workspace, *kernels(), n_threads(), batch->n_tokens, model->dim};
-  reserve(pass, pass.w);
+  try {
+    reserve(pass, pass.w);
+  } catch (const std::bad_alloc &) {
+    return 0;
+  }
   parallel([&](int thread) { pass.run(thread); });
+  return 1;
 }
