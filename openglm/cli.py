@@ -146,6 +146,19 @@ def _serve(o: argparse.Namespace) -> int:
     return serve(o)
 
 
+def _mcp_options(p: Parser) -> None:
+    from openglm.cli_tools import mcp_options
+
+    mcp_options(p)
+    common_options(p, json_output=False)
+
+
+def _mcp(o: argparse.Namespace) -> int:
+    from openglm.cli_tools import mcp_serve
+
+    return mcp_serve(o)
+
+
 # -------------------------------------------------------------------- scores
 
 
@@ -309,6 +322,10 @@ COMMANDS: dict[str, Command] = {
     "bench serve": Command("load a server with many clients", *_lazy("bench_serve", "cli_serve")),
     "bench train": Command("measure how fast training is on this machine", *_lazy("train", "cli_bench")),
     "convert": Command("write a checkpoint in another form", *_lazy("convert", "cli_convert")),
+    "tools": Command(
+        "list the tools of an agent: which are ready, and why not the others", *_lazy("tools", "cli_tools")
+    ),
+    "mcp": Command("offer the tools of an agent to other programs, as an MCP server", _mcp_options, _mcp),
     "doctor": Command("show what this machine and installation can do", *_lazy("doctor", "cli_inspect")),
 }
 

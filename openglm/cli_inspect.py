@@ -29,6 +29,8 @@ EXTRAS = {
     "pyarrow": "reads .parquet (pip install 'openglm[data]')",
     "datasets": "reads hub data sets by id (pip install 'openglm[data]')",
     "xgrammar": "holds answers to a JSON schema or regular expression (pip install 'openglm[grammar]')",
+    "ipykernel": "the agent's Python tool, and functions as tools (pip install 'openglm[agent]')",
+    "mcp": "tools of MCP servers, and OpenGLM's own for others (pip install 'openglm[mcp]')",
     "tensorboard": "training curves for tensorboard: true (pip install 'openglm[tensorboard]')",
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")

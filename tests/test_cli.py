@@ -49,6 +49,8 @@ SURFACE = {
     "convert": ["source", "target", "--format", "--quantize", "--group", "--symmetric", "--method", "--calibration",
                 "--embeddings", "--head", "--quantize-embeddings", "--dtype", "--tp", "--adapter", "--report", "--text",
                 "--json"],
+    "tools": ["--tools", "--mcp", "--no-python", "--unsafe-python", "--json"],
+    "mcp": ["--tools", "--mcp", "--no-python", "--unsafe-python", "--http", "--host", "--api-key"],
     "doctor": ["--json"],
 }  # fmt: skip
 

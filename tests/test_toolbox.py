@@ -6,7 +6,9 @@ python -m pytest tests/test_toolbox.py
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from openglm.agent import toolbox
 from openglm.agent.isolation import Bubblewrap, missing_packages
 from openglm.agent.toolbox import Missing, Toolbox, ToolboxConfig
 from openglm.agent.tools.python import PythonTool
+from openglm.cli import main
 from openglm.types import Observation, ToolContext, ToolSpec
 
 
@@ -84,3 +87,45 @@ def test_all_tools_are_closed_even_when_one_fails(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="stuck"):
         asyncio.run(box.close())
     assert first.closed and second.closed
+
+
+# -------------------------------------------------------------------- the verbs
+
+
+def test_the_list_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(PythonTool, "why_not", staticmethod(lambda config=None: "no isolation here"))
+    path = tmp_path / "mine.py"
+    path.write_text("def add(a: int) -> int:\n    'Adds.'\n    return a\n")
+    assert main(["tools", "--tools", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ready, missing = (next(line for line in lines if line.startswith(name)) for name in ("add", "python"))
+    assert ready.split() == ["add", "ready", "Adds."]
+    assert " ".join(missing.split()).startswith("python missing no isolation here (") and "--unsafe-python" in missing
+    assert main(["tools", "--tools", str(path), "--no-python", "--json"]) == 0
+    row = next(row for row in json.loads(capsys.readouterr().out)["tools"] if row["name"] == "add")
+    assert row == {"name": "add", "description": "Adds.", "ready": True, "note": "",
+                   "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+                                  "additionalProperties": False}}  # fmt: skip
+    assert main(["tools", "--no-python"]) == 0 and "python" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["tools", "--tools", "nowhere.py"], "no file or folder nowhere.py"),
+        (["tools", "--mcp", "nowhere.json"], "no file nowhere.json with MCP servers"),
+        (["tools", "--no-python", "--unsafe-python"], "contradict each other"),
+        (["mcp", "--no-python"], "there is no tool to offer"),
+        (["mcp", "--http", "70000"], "--http must be a port of 0 to 65535"),
+        (["mcp", "--no-python", "--tools", "add.py", "--http", "0", "--host", "0.0.0.0"], "give --api-key"),
+    ],
+)
+def test_mistakes_are_one_line(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENGLM_API_KEY", raising=False)
+    (tmp_path / "add.py").write_text("def add(a: int) -> int:\n    'Adds.'\n    return a\n")
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err.splitlines()[-1] and captured.out == ""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from openglm.agent.images import ImageBackend, ImageUnavailable
 from openglm.agent.images_open import open_images
 from openglm.agent.sandbox_config import SandboxConfig
+from openglm.agent.tools.mcp_config import MCPServerConfig
 from openglm.types import StatefulTool, Tool
 
 __all__ = ["BUILTIN", "Missing", "Row", "Toolbox", "ToolboxConfig"]
@@ -27,14 +28,16 @@ class ToolboxConfig:
 
     python: the Python tool, True for its default limits. unsafe_python: it runs without isolation, with all rights of
     this user. folder: keeps the files of conversations (None: they go with the toolbox). tools: Python files, folders
-    of them, OpenAPI documents (see tools/load.py). images: what draws pictures, a folder or an address as `open_images`
-    takes it; True for what OPENGLM_IMAGE_MODEL says.
+    of them, OpenAPI documents (see tools/load.py). mcp_servers: see tools/mcp_config.py, whose `parse_servers` reads
+    what a user names. images: what draws pictures, a folder or an address as `open_images` takes it; True for what
+    OPENGLM_IMAGE_MODEL says.
     """
 
     python: bool | SandboxConfig = True
     unsafe_python: bool = False
     folder: Path | None = None
     tools: tuple[str | Path, ...] = ()
+    mcp_servers: tuple[MCPServerConfig, ...] = ()
     images: bool | str | ImageBackend = True
 
 
@@ -95,17 +98,26 @@ class Toolbox:
         self.config = config or ToolboxConfig()
         self.tools: list[Tool] = []
         self.missing: list[Missing] = []
+        own: list[Tool] = []
+        if self.config.tools:
+            from openglm.agent.tools.load import load_tools, refuse_clashes
+
+            own = [tool for path in self.config.tools for tool in load_tools(path)]  # before anything is started
         for make in BUILTIN:
             made = make(self.config)
             if isinstance(made, Missing):
                 self.missing.append(made)
             elif made is not None:
                 self.tools.append(made)
-        if self.config.tools:
-            from openglm.agent.tools.load import load_tools, refuse_clashes
+        if own:
+            refuse_clashes([*self.tools, *own])
+            self.tools += own
+        if self.config.mcp_servers:
+            from openglm.agent.tools.mcp_client import connect_servers
 
-            self.tools += [tool for path in self.config.tools for tool in load_tools(path)]
-            refuse_clashes(self.tools)
+            tools, missing = connect_servers(self.config.mcp_servers, [tool.spec.name for tool in self.tools])
+            self.tools += tools
+            self.missing += [Missing(name, why, "check what --mcp names") for name, why in missing]
 
     def rows(self) -> list[Row]:
         """The list for people: tools that are ready, then the others."""
