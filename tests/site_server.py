@@ -119,8 +119,10 @@ class TroubleHandler(SiteHandler):
 
 def browser_on(site: SiteServer, **options: Any) -> Browser:
     """A browser that may open the site and asks no search back-end of the web."""
-    options = {"allow": (site.host,), "backends": ("local",), "javascript": "never"} | options
-    return Browser(BrowserConfig(**options))
+    usual: dict[str, Any] = {
+        "allow": (site.host,), "backends": ("local",), "javascript": "never", "timeout_s": 120.0
+    }  # fmt: skip
+    return Browser(BrowserConfig(**(usual | options)))
 
 
 def make_pdf(lines: list[str], title: str = "A leaflet") -> bytes:

@@ -128,10 +128,11 @@ def test_errors_teach_the_remedy(user: User, name: str, arguments: dict[str, Any
     assert answer.startswith("!") and remedy in answer and "\n" not in answer
 
 
-def test_names_that_small_models_make_up_are_understood(user: User, site: SiteServer) -> None:
-    assert "The Tide Library" in user("search", q="Tide Library") and user("open_page", url="1").startswith("【1†")
-    assert user("open_page", id=1).startswith("【1†") and "1911" in user("find", query="1911")
-    assert "Edda Pellworth" in user("click", link_id="1")
+def test_numbers_in_every_form_are_understood(user: User, site: SiteServer) -> None:
+    user("search", query="Tide Library")
+    for page in ("1", 1, "#1", "【1†The Tide Library】", " [1] "):
+        assert user("open_page", page=page).startswith("【1†")
+    assert "Edda Pellworth" in user("click", link="1") and user("quote", source="1", text="214,000 volumes")[0] == "V"
 
 
 def test_schemas_are_valid_and_small(user: User) -> None:

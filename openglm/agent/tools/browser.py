@@ -227,28 +227,26 @@ def _schema(required: Sequence[str] = (), **properties: Mapping[str, Any]) -> di
 
 TEXT: Mapping[str, Any] = {"type": "string"}
 NUMBER: Mapping[str, Any] = {"type": "integer"}
+ANY_NUMBER: Mapping[str, Any] = {"type": ["integer", "string"]}  # small models write either
 # name, description, schema, action(browser, session, arguments)
 FUNCTIONS: tuple[tuple[str, str, dict[str, Any], Callable[..., Awaitable[Observation]]], ...] = (
     ("search", "Search for web pages. Returns numbered results; open one with open_page.",
      _schema(["query"], query=TEXT), lambda b, s, a: b.search(s, str(a["query"]))),
     ("open_page", "Open a page by its result number (such as \"1\") or its URL, and read it.",
-     _schema(["page"], page={"type": "string", "description": "result number or URL"},
+     _schema(["page"], page={**ANY_NUMBER, "description": "result number or URL"},
              javascript={"type": "boolean", "description": "run the page's scripts"}),
      lambda b, s, a: b.open_page(s, a["page"], a.get("javascript"))),
     ("click", "Follow a link of the open page by its number.",
-     _schema(["link"], link=NUMBER), lambda b, s, a: b.click(s, _whole(a["link"], "link"))),
+     _schema(["link"], link=ANY_NUMBER), lambda b, s, a: b.click(s, _whole(a["link"], "link"))),
     ("find", "Find words in the open page.", _schema(["text"], text=TEXT), lambda b, s, a: b.find(s, str(a["text"]))),
     ("scroll", "Read on in the open page, or back up.",
      _schema(direction={"type": "string", "enum": ["down", "up"]}, lines=NUMBER),
      lambda b, s, a: b.scroll(s, _whole(a["lines"], "lines") if a.get("lines") else None, a.get("direction", "down"))),
     ("back", "Go back to the page or results before.", _schema(), lambda b, s, a: b.back(s)),
     ("quote", "Check that words stand in a source before you quote them.",
-     _schema(["source", "text"], source=NUMBER, text=TEXT),
+     _schema(["source", "text"], source=ANY_NUMBER, text=TEXT),
      lambda b, s, a: b.quote(s, _whole(a["source"], "source"), str(a["text"]))),
 )  # fmt: skip
-OTHER_KEYS = {"open_page": {"url": "page", "id": "page", "url_or_id": "page", "source": "page", "number": "page"},
-              "click": {"id": "link", "number": "link", "link_id": "link"}, "search": {"q": "query", "text": "query"},
-              "find": {"query": "text", "pattern": "text"}}  # fmt: skip
 
 
 def _whole(value: Any, name: str) -> int:
@@ -264,17 +262,17 @@ class FunctionTool:
 
     def __init__(self, browser: Browser, name: str, description: str, schema: dict[str, Any], action: Action) -> None:
         self.browser, self.action = browser, action
+        self.state = browser  # calls of one turn run in order: they go on from the page that is open
         self.spec = ToolSpec(name, description, schema)
 
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> Observation:
         names, required = self.spec.parameters["properties"], self.spec.parameters["required"]
-        other = OTHER_KEYS.get(self.spec.name, {})
-        given = {key if key in names else other.get(key, key): value for key, value in arguments.items()}
-        wrong = [key for key in given if key not in names] + [key for key in required if given.get(key) is None]
+        wrong = [key for key in arguments if key not in names]
+        wrong += [key for key in required if arguments.get(key) is None]
         if wrong:
             trouble = f"{wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}"
             raise ValueError(f"{self.spec.name} takes {', '.join(names) or 'no arguments'}; {trouble}")
-        return await observed(self.action(self.browser, self.browser.session(context.conversation), given))
+        return await observed(self.action(self.browser, self.browser.session(context.conversation), arguments))
 
     async def end(self, conversation: str) -> None:
         await self.browser.end(conversation)
