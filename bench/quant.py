@@ -312,7 +312,7 @@ def compare(model: str | None, o: argparse.Namespace) -> dict[str, Any]:
                 continue
             rows.append(row(side, type, opened, measure, time.perf_counter() - start))
             tqdm.write(json.dumps(asdict(rows[-1])), file=sys.stderr)
-            if runs and (side, type) == types[-1]:
+            if runs and side == "llama.cpp" and type == o.peer[-1]:
                 text, windows = next(iter(measure.windows.items()))
                 (folder / "windows.json").write_text(json.dumps(windows))
                 there = run_peer(o.peer_python, PERPLEXITY, str(out), str(folder / "windows.json"))
