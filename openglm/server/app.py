@@ -22,11 +22,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openglm import __version__
-from openglm.server import chat_api, completions_api, embeddings_api, fill_api, images_api, messages_api, text_api
+from openglm.server import (
+    chat_api,
+    completions_api,
+    embeddings_api,
+    fill_api,
+    images_api,
+    messages_api,
+    responses_api,
+    text_api,
+)
 from openglm.server.errors import ApiError, add_handlers
 from openglm.server.limits import HostCheck, Lease, read_body
 from openglm.server.metrics import CONTENT_TYPE
 from openglm.server.protocol import ChatRequest, CompletionRequest, Model
+from openglm.server.responses_input import ResponsesRequest
 from openglm.server.service import Service
 from openglm.server.sse import ClientGone, EventStream
 from openglm.server.static import WEB, Page
@@ -37,6 +47,7 @@ Handler = Callable[[Service, Request, bytes, Lease], Awaitable[Response]]
 # (path, handler, model of the body, whether it makes the model work)
 POSTS: tuple[tuple[str, Handler, type[Model]], ...] = (
     ("/v1/chat/completions", chat_api.chat_completions, ChatRequest),
+    ("/v1/responses", responses_api.responses, ResponsesRequest),
     ("/v1/completions", completions_api.completions, CompletionRequest),
     ("/v1/embeddings", embeddings_api.embeddings, embeddings_api.EmbeddingsRequest),
     ("/v1/images/generations", images_api.generations, images_api.ImagesRequest),
@@ -114,8 +125,9 @@ def _param_in(message: str, kind: type[Model]) -> str | None:
     word = message.split(" ", 1)[0].rstrip(":,")
     if word in kind.model_fields:
         return word
-    known = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
-    return known.get(word)
+    known = {"max_new_tokens": ("max_tokens", "max_output_tokens"), "min_new_tokens": ("min_tokens",),
+             "stop_strings": ("stop", "stop_sequences")}  # fmt: skip
+    return next((name for name in known.get(word, ()) if name in kind.model_fields), None)
 
 
 _ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}

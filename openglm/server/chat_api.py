@@ -33,8 +33,8 @@ from openglm.server.worker import Job, Outlet
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
-    "chat_completions", "chat_task", "client_name", "sampling_of", "stops_of", "stream_error", "timings_of",
-    "to_messages", "usage_of",
+    "chat_completions", "chat_task", "client_name", "logprobs_of", "sampling_of", "stops_of", "stream_error",
+    "timings_of", "to_messages", "usage_of",
 ]  # fmt: skip
 
 
@@ -235,7 +235,7 @@ class ChatShape:
             ]
         if answer.observations:
             message["observations"] = [_observation(o) for o in answer.observations]
-        logprobs = _logprobs(answer.tokens) if self._logprobs else None
+        logprobs = {"content": logprobs_of(answer.tokens), "refusal": None} if self._logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish.reason}
 
     # ---------------------------------------------------------------- streamed
@@ -258,7 +258,8 @@ class ChatShape:
         self, index: int, delta: dict[str, Any], reason: str | None, tokens: Sequence[TokenInfo] | None,
         usage: dict[str, Any],
     ) -> bytes:  # fmt: skip
-        logprobs = _logprobs(tokens) if tokens is not None and self._logprobs else None
+        told = tokens is not None and self._logprobs
+        logprobs = {"content": logprobs_of(tokens or ()), "refusal": None} if told else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return sse(self._object("chat.completion.chunk", [choice]) | usage)
 
@@ -286,12 +287,11 @@ def _observation(o: Observation) -> dict[str, Any]:
             "files": list(o.files)}  # fmt: skip
 
 
-def _logprobs(tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+def logprobs_of(tokens: Sequence[TokenInfo]) -> list[dict[str, Any]]:
     def one(spelled: bytes, logprob: float) -> dict[str, Any]:
         return {"token": spelled.decode("utf-8", "replace"), "bytes": list(spelled), "logprob": max(logprob, -9999.0)}
 
-    content = [
+    return [
         one(t.spelled, t.logprob) | {"top_logprobs": [one(spelled, logprob) for spelled, logprob in t.top]}
         for t in tokens
     ]
-    return {"content": content, "refusal": None}

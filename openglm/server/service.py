@@ -40,7 +40,7 @@ class ChatTask:
 
     sampling: fields of SamplingParams. n_top: likeliest tokens to be told; None: no log-probabilities. choice: none,
     auto, required, or "name:" with a tool's name. strict: names of tools whose arguments must follow their schema.
-    response: what the text of an answer must look like. fields: names of the protocol's fields, for errors.
+    response: what the text of an answer must look like.
     """
 
     messages: Sequence[Message]
@@ -53,7 +53,6 @@ class ChatTask:
     parallel: bool = True
     strict: frozenset[str] = frozenset()
     response: Grammar | None = None
-    max_tokens_field: str = "max_tokens"
 
 
 @dataclass(frozen=True)
