@@ -7,7 +7,7 @@ needle: in a text of each length and language, five sentences at different depth
 The text is read once: the four later questions find it in the prefix cache. --yarn lengthens the context that the model
 was trained on by a factor.
 memory: each length in a process of its own. As computing the keys and values of a very long text takes hours (attention
-is quadratic), the first 512 tokens and the last 64 are run, and some tokens of an answer, as the engine runs them; what
+is quadratic), the first 512 tokens and the last 16 are run, and some tokens of an answer, as the engine runs them; what
 lies between is random numbers, written straight into the pool. `--whole` computes everything.
 
 Prints a table in Markdown, and one JSON line last.
@@ -30,8 +30,8 @@ TEXTS = {"en": DATA / "eval" / "wikitext-2" / "valid.txt", "zh": DATA / "corpus"
 SENTENCES = {"en": ("The secret number of {} is", " {}."), "zh": ("{}的秘密数字是", "{}。")}
 CITIES = {"en": ("Paris", "Cairo", "Lima", "Oslo", "Tokyo"), "zh": ("巴黎", "开罗", "利马", "奥斯陆", "东京")}
 DEPTHS, NUMBERS = (0.05, 0.25, 0.5, 0.75, 0.95), (48213, 70956, 15387, 92604, 36871)
-STEP, LAST = 512, 64  # tokens of a pass, and of the last one where not all are run
-N_DECODE = 8
+STEP, LAST = 512, 16  # tokens of a pass, and of the last one where not all are run
+N_DECODE = 4
 PRESET = "random:glm-edge-1.5b?quantize=int4"
 
 
@@ -112,7 +112,7 @@ def haystack_of(model: Any, language: str, length: int) -> list[int]:
 
 def memory(o: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    print("| tokens | weights | keys and values | the rest | peak, MiB | last 64 tokens, s | next token, ms |")
+    print("| tokens | weights | keys and values | the rest | peak, MiB | last 16 tokens, s | next token, ms |")
     print("|---|---|---|---|---|---|---|")
     for length in o.lengths:
         command = [sys.executable, __file__, "one", o.reference, str(length), str(o.kv_dtype), str(int(o.whole))]

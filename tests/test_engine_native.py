@@ -127,7 +127,8 @@ LITTLE_MEMORY = f"""
 import resource, openglm
 from openglm.engine import Engine, EngineOptions
 from openglm.types import SamplingParams
-model = openglm.load({TINY.replace("=256", "=8192").replace("ffn_dim=128", "ffn_dim=4096")!r}, device="cpu").engine.model
+reference = {TINY.replace("=256", "=8192").replace("ffn_dim=128", "ffn_dim=4096")!r}
+model = openglm.load(reference, device="cpu").engine.model
 made = Engine(model, {{}}, options=EngineOptions(step_tokens=4096, pool_tokens=8192))
 short, long = [[5] * n for n in (3, 4000)]
 wanted = made.generate(short, SamplingParams(max_new_tokens=4, temperature=0.0))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -232,3 +233,12 @@ def test_a_nan_stays_with_its_sequence(isa: str) -> None:
     runner = NativeRunner(ours, 4)
     both = runner.run([chunk([5, 2, 3], 0, 1, [1], 1), good])
     assert both[0].isnan().all() and torch.equal(both[1], alone[0])
+
+
+def test_a_library_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    class Longer(native.LayerStruct):
+        _fields_ = [("one_more", ctypes.c_void_p)]
+
+    monkeypatch.setattr(native, "LayerStruct", Longer)
+    assert native.library.__wrapped__() is None
+    assert "python -m openglm.ops.build" in capsys.readouterr().err

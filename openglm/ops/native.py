@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
@@ -107,6 +108,10 @@ def library() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(LIBRARY))
     except OSError:  # built for another machine
         return None
+    if not _fits(lib):
+        print("openglm: the native library is older than this code and is not used: python -m openglm.ops.build",
+              file=sys.stderr)  # fmt: skip
+        return None
     lib.og_isa.restype = lib.og_isa_in_use.restype = ctypes.c_char_p
     lib.og_workspace_new.restype = c_void_p
     lib.og_workspace_free.argtypes = [c_void_p]
@@ -122,6 +127,17 @@ def library() -> ctypes.CDLL | None:
         raise ValueError(f"OPENGLM_ISA={wanted} does not run here: {names} do")
     lib.og_set_threads(THREADS)
     return lib
+
+
+def _fits(lib: ctypes.CDLL) -> bool:
+    """Whether the library was built for the structures of this file."""
+    if not hasattr(lib, "og_layout"):
+        return False
+    lib.og_layout.restype = c_int64
+    layout = 0
+    for struct in (ModelStruct, LayerStruct, PoolStruct, Batch):
+        layout = layout * 1024 + ctypes.sizeof(struct)
+    return bool(lib.og_layout() == layout)
 
 
 def available() -> bool:

@@ -338,6 +338,11 @@ void reserve(const Pass &p, Workspace &w) {
 } // namespace
 } // namespace openglm
 
+// Sizes of the structures, for a caller to see whether it was written for this library.
+OG_API int64_t og_layout() {
+  return ((sizeof(OgModel) * 1024 + sizeof(OgLayer)) * 1024 + sizeof(OgPool)) * 1024 + sizeof(OgBatch);
+}
+
 OG_API void *og_workspace_new() { return new openglm::Workspace; }
 OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
 
