@@ -106,8 +106,8 @@ def key_centres(model: Transformer) -> Tensor | None:
     """(n_layers, n_kv_heads, head_dim) float32: the mean of what a bias adds to keys, over the places of the context.
 
     None without a bias. Scores of one query all move by the same when a constant is taken off every key, which the
-    softmax does not see. Biases of released models can be a hundred times as large as what they are added to, in the
-    pairs that turn least; INT8 would spend its steps on them.
+    softmax does not see. Biases of Qwen2.5-0.5B reach a length of 279 in a head, nearly all of it in the pairs that
+    turn least; INT8 would spend its steps on them.
     """
     config, centres = model.config, []
     for block in model.layers:
