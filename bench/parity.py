@@ -6,12 +6,14 @@ llama.cpp continues 20 prompts greedily, token by token. We score prompt and con
 that serves: as long as our likeliest token is the one it chose, our greedy continuation is the same, and where it is
 not, ours diverges from its.
 Both sides round activations to 8 bits before they multiply them with quantised weights, and the cache to half, each
-in blocks of its own: logits differ, and a close choice may turn. So at each first divergence stands how much either
-side prefers its own token, in nats, beside the noise: how far the two sides' log-probabilities of the two likeliest
-tokens lie apart at all positions before. A divergence whose gaps on both sides are below the largest of these is one
-of rounding; one that is not counts as an error, and the comparison goes on behind llama.cpp's token.
---float32 does it all again on a copy of the file with the same weights as float32, and a float32 cache, where no side
-rounds anything: what differs there would be a difference in the model.
+in blocks of its own: logits differ, and a close choice may turn. So each first divergence is held against a third
+computation, ours in PyTorch with the same dequantised weights, where activations and cache stay float32: by how many
+nats it prefers one of the two tokens (the gap), and how far that gap is off on either side (its error). The side whose
+error exceeds the gap turned; it did so by rounding if that error is no more than LIMIT times its root mean square over
+all positions of all prompts (of the gap between the two likeliest tokens). A divergence that is not of rounding counts
+as an error, and the comparison goes on behind llama.cpp's token.
+--float32 does it all again on a copy whose weights the `gguf` library has dequantised to float32, with a float32 cache,
+where no side rounds anything: what differs there would be a difference in the model, or in dequantising.
 Perplexity: windows of WikiText-2's validation text, the same on both sides, each from its second token on.
 
 Prints tables in Markdown, and one JSON line last.
@@ -55,6 +57,7 @@ PROMPTS = [
 ]
 N_NEW = 64
 N_TOP = 64  # of the peer's tokens kept at each position
+LIMIT = 4.0  # times the root mean square of a side's errors that one of rounding may reach
 PEER_MODULE = "llama_cpp"
 
 
@@ -117,8 +120,6 @@ def sum_nll(logits: np.ndarray[Any, Any], ids: list[int]) -> float:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     import openglm
-    from openglm.convert import convert
-    from openglm.loading import open_reference
 
     model = openglm.load(args.model, device="cpu")
     ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -136,12 +137,34 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     if args.float32:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "float32.gguf"
-            convert(open_reference(Path(args.model)), copy, "gguf", dtype="float32")
+            write_float32_copy(args.model, copy)
             model = openglm.load(copy, device="cpu")
             result["float32_copy"] = measure(
                 model, ids, windows, ask_peer(args, request | {"float32": True}, str(copy))
             )
     return result
+
+
+def write_float32_copy(source: str, target: Path) -> None:
+    """The same metadata, and every tensor as the `gguf` library dequantises it; one at a time in memory."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        shape = [int(n) for n in reversed(tensor.shape)]
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in reader.tensors:
+        writer.write_tensor_data(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.close()
 
 
 def served_logits(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
@@ -159,10 +182,14 @@ def measure(
     model: Any, ids: list[list[int]], windows: list[list[int]], peer: dict[str, np.ndarray[Any, Any]]
 ) -> dict[str, Any]:
     rows = [compare_prompt(model, i, ids[i], peer) for i in range(len(PROMPTS))]
+    errors = {side: np.concatenate([row.pop(f"{side}_errors") for row in rows]) for side in ("our", "peer")}
+    noise = {side: rms(values) for side, values in errors.items()}
+    for row in rows:
+        judge(row, noise)
     n_tokens = sum(len(window) - 1 for window in windows)
     ours = sum(sum_nll(served_logits(model, window), window) for window in windows) / n_tokens
     theirs = float(peer["nll"].sum()) / n_tokens
-    split = [row for row in rows if "our_gap" in row]
+    split = [row for row in rows if "gap" in row]
     return {
         "rows": rows,
         "same_prompt_ids": sum(row["same_ids"] for row in rows),
@@ -174,6 +201,11 @@ def measure(
         "agreement": sum(row["agreed"] for row in rows) / sum(row["compared"] for row in rows),
         "before_first": sum(row["same"] for row in rows) / sum(row["tokens"] for row in rows),
         "same_text": sum(row["same_text"] for row in rows) / sum(row["tokens"] for row in rows),
+        "our_error_rms": noise["our"],
+        "peer_error_rms": noise["peer"],
+        "our_error_max": float(np.abs(errors["our"]).max()),
+        "peer_error_max": float(np.abs(errors["peer"]).max()),
+        "positions": len(errors["our"]),
         "perplexity": float(np.exp(ours)),
         "peer_perplexity": float(np.exp(theirs)),
         "perplexity_ratio": float(np.exp(ours - theirs)),
@@ -182,32 +214,61 @@ def measure(
 
 
 def compare_prompt(model: Any, i: int, ids: list[int], peer: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """One prompt. agreed of compared: tokens up to the first divergence by rounding, those diverging else counted."""
+    """One prompt: where our likeliest token is not llama.cpp's, and the errors of both sides at every position."""
     chosen, top, theirs = peer[f"chosen{i}"], peer[f"ids{i}"], peer[f"logprobs{i}"]
-    logits = served_logits(model, [*ids, *chosen[:-1].tolist()])
-    ours = log_softmax(logits)
+    text = [*ids, *chosen[:-1].tolist()]
+    logits = served_logits(model, text)
+    ours, exact = log_softmax(logits), log_softmax(model.logits(text))
     first = len(ids) - 1
-    apart = np.abs(np.take_along_axis(ours, top, 1) - theirs)[:, :2]  # of the two likeliest at every position
+    two = np.argpartition(-exact, 2, -1)[:, :2]
+    gaps = [pair_gap(values, two[:, 0], two[:, 1]) for values in (exact, ours)]
+    peer_gaps = np.array([of_peer(top[t], theirs[t], *two[t]) for t in range(len(text))])
+    known = np.isfinite(peer_gaps)
     same = ours[first:].argmax(-1) == chosen
-    row: dict[str, Any] = {
+    return {
         "prompt": PROMPTS[i], "same_ids": ids == peer[f"tokens{i}"].tolist(), "tokens": len(chosen),
-        "same": len(chosen), "same_text": int(same.sum()), "agreed": 0, "compared": 0,
+        "same": int(np.append(same, False).argmin()), "same_text": int(same.sum()),
         "first_token_rms": rms(logits[first] - peer[f"first{i}"]), "spread": float(peer[f"first{i}"].std()),
+        "our_errors": (gaps[1] - gaps[0])[known], "peer_errors": (peer_gaps - gaps[0])[known],
+        "found": [
+            (int(step), divergence(ours[at], exact[at], top[at], theirs[at], model.tokenizer))
+            for step in np.flatnonzero(~same) for at in [first + step]
+        ],
     }  # fmt: skip
-    for step, equal in enumerate(same):
-        if equal:
-            row["agreed"], row["compared"] = row["agreed"] + 1, row["compared"] + 1
-            continue
-        at = first + step
-        found = divergence(ours[at], top[at], theirs[at], model.tokenizer)
-        noise = {"noise_rms": rms(apart[:at]), "noise_max": float(apart[:at].max(initial=0.0))}
-        rounding = max(found["our_gap"], found["peer_gap"]) < noise["noise_max"]
-        if "our_gap" not in row:
-            row |= found | noise | {"same": step, "by_rounding": rounding}
-        if rounding:
-            break
+
+
+def judge(row: dict[str, Any], noise: dict[str, float]) -> None:
+    """Say of each divergence which side turned and whether by rounding; count tokens up to the first one that is.
+
+    agreed of compared: those tokens; divergences that are not of rounding are compared but did not agree.
+    """
+    row["agreed"], row["compared"], last = 0, 0, -1
+    for step, found in row.pop("found"):
+        errors = {side: abs(found[f"{side}_error"]) for side in noise}
+        found["turned"] = [side for side, error in errors.items() if error > abs(found["gap"])]
+        found["times_rms"] = max(errors[side] / noise[side] for side in found["turned"])
+        found["by_rounding"] = found["times_rms"] <= LIMIT
+        row["agreed"] += step - last - 1
+        row["compared"] += step - last - 1
+        last = step
+        if "gap" not in row:
+            row |= found
+        if found["by_rounding"]:
+            return
         row["compared"] += 1
-    return row
+    row["agreed"] += row["tokens"] - last - 1
+    row["compared"] += row["tokens"] - last - 1
+
+
+def pair_gap(values: np.ndarray[Any, Any], a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    at = np.arange(len(values))
+    return np.asarray(values[at, a] - values[at, b])
+
+
+def of_peer(ids: np.ndarray[Any, Any], logprobs: np.ndarray[Any, Any], a: int, b: int) -> float:
+    """How much the peer prefers a to b; infinite where one is not in its top."""
+    places = [np.flatnonzero(ids == token) for token in (a, b)]
+    return float(logprobs[places[0][0]] - logprobs[places[1][0]]) if all(map(len, places)) else float("inf")
 
 
 def ask_peer(
@@ -227,16 +288,18 @@ def ask_peer(
 
 
 def divergence(
-    ours: np.ndarray[Any, Any], peer_ids: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], tokenizer: Any
-) -> dict[str, Any]:
-    """The two tokens, and how much each side prefers its own over the other's (infinite: not in the peer's top)."""
+    ours: np.ndarray[Any, Any], exact: np.ndarray[Any, Any], peer_ids: np.ndarray[Any, Any],
+    theirs: np.ndarray[Any, Any], tokenizer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The two tokens; how much the unrounded model prefers ours to llama.cpp's, and how far each side is off that."""
     mine, other = int(ours.argmax()), int(peer_ids[0])
-    found = np.flatnonzero(peer_ids == mine)
+    gap = float(exact[mine] - exact[other])
     return {
         "our_token": tokenizer.decode([mine], skip_special=False),
         "peer_token": tokenizer.decode([other], skip_special=False),
-        "our_gap": float(ours[mine] - ours[other]),
-        "peer_gap": float(theirs[0] - theirs[found[0]]) if len(found) else float("inf"),
+        "gap": gap,
+        "our_error": float(ours[mine] - ours[other]) - gap,
+        "peer_error": of_peer(peer_ids, theirs, mine, other) - gap,
     }
 
 
@@ -246,19 +309,18 @@ def rms(values: np.ndarray[Any, Any]) -> float:
 
 def show(title: str, result: dict[str, Any]) -> None:
     print(f"\n## {title}\n")
-    print(
-        "| prompt | same / tokens | logits apart (spread) | ours, theirs | gaps | noise before: rms, max | rounding |"
-    )
-    print("| --- | ---: | ---: | --- | ---: | ---: | --- |")
+    print("| prompt | same / tokens | ours, theirs | gap unrounded | our error | their error | turned | rounding |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | --- | --- |")
     for row in result["rows"]:
         head = json.dumps(row["prompt"][:24], ensure_ascii=False).replace("|", "\\|")
-        cells = [head, f"{row['same']} / {row['tokens']}", f"{row['first_token_rms']:.3f} ({row['spread']:.2f})"]
-        if "our_gap" in row:
+        cells = [head, f"{row['same']} / {row['tokens']}"]
+        if "gap" in row:
             pair = json.dumps([row["our_token"], row["peer_token"]], ensure_ascii=False).replace("|", "\\|")
-            cells += [pair, f"{row['our_gap']:.3f}, {row['peer_gap']:.3f}"]
-            cells += [f"{row['noise_rms']:.3f}, {row['noise_max']:.3f}", "yes" if row["by_rounding"] else "NO"]
+            cells += [pair, f"{row['gap']:+.3f}", f"{row['our_error']:+.3f}", f"{row['peer_error']:+.3f}"]
+            turned = " and ".join({"our": "ours", "peer": "theirs"}[side] for side in row["turned"])
+            cells += [f"{turned}, {row['times_rms']:.1f} rms", "yes" if row["by_rounding"] else "NO"]
         else:
-            cells += [""] * 4
+            cells += [""] * 6
         print("| " + " | ".join(cells) + " |")
     r = result
     print(
@@ -267,6 +329,9 @@ def show(title: str, result: dict[str, Any]) -> None:
         f"diverge, {r['by_rounding']} of these by rounding. Up to the first divergence by rounding "
         f"{100 * r['agreement']:.1f} % of the tokens are the same; {100 * r['before_first']:.1f} % of all lie before "
         f"the first divergence; behind the same text {100 * r['same_text']:.1f} % of all are the same.\n"
+        f"Error of the gap between the two likeliest tokens at {r['positions']} positions, rms and largest: ours "
+        f"{r['our_error_rms']:.2g} and {r['our_error_max']:.2g}, llama.cpp's {r['peer_error_rms']:.2g} and "
+        f"{r['peer_error_max']:.2g}.\n"
         f"Perplexity over {r['perplexity_tokens']} tokens: ours {r['perplexity']:.4f}, llama.cpp "
         f"{r['peer_perplexity']:.4f} (ratio {r['perplexity_ratio']:.4f})."
     )

@@ -78,7 +78,8 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     Causal models count 0..n-1. Prefix models: context ends before the first <sop>. With two axes (ChatGLM-6B) the
     position freezes at the [gMASK], else at the first [MASK] or [sMASK], and block positions count from 1 at <sop>.
     With one axis (GLM-130B) positions run on after [gMASK] and freeze at the mask's index after [MASK] or [sMASK].
-    The original GLM (learned positions) answers several blanks in one row: its k-th <sop> goes with the k-th mask.
+    The original GLM (learned positions) answers several blanks in one row: its k-th <sop> goes with the k-th mask, and
+    one more than there are masks is a token like others.
     A prompt without <sop> is all causal from its first token.
     """
     axes = config.n_axes
@@ -104,5 +105,5 @@ def _original_layout(tokens: list[int], n_context: int, sop: int, special_ids: M
     masks = {special_ids[name] for name in ("[gMASK]", "[MASK]", "[sMASK]") if name in special_ids}
     places = [i for i, token in enumerate(tokens[:n_context]) if token in masks] or [max(n_context - 1, 0)]
     starts = [i for i, token in enumerate(tokens) if token == sop]
-    later = tuple((start, places[min(k, len(places) - 1)]) for k, start in enumerate(starts[1:], 1))
+    later = tuple(zip(starts[1:], places[1:], strict=False))  # a <sop> beyond them is a token that was drawn
     return PromptLayout(2, n_context, places[0], True, later)

@@ -122,7 +122,10 @@ def read_thudm_quant(weight: Tensor, scale: Tensor, columns: int) -> QuantTensor
 def pack_thudm_quant(weight: QuantTensor) -> tuple[Tensor, Tensor]:
     """(packed int8, scales): the inverse of `read_thudm_quant`. ValueError for a form that it cannot hold."""
     if weight.minimum is not None or weight.scale.shape[1] != 1:
-        raise ValueError("only whole-row scales without a minimum have a form there: quantise with --group row")
+        raise ValueError(
+            "a quantised matrix whose rows have several scales (groups of columns, or ranks scaled apart) or a minimum "
+            "has no form there: start from unquantised weights, with --quantize int4 --group row"
+        )
     scale = weight.scale[:, 0].contiguous()
     if weight.bits == 8:
         return weight.q, scale

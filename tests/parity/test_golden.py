@@ -126,6 +126,18 @@ def test_layout_rule_gives_the_original_positions_and_mask(sets: Path) -> None:
             assert torch.equal(~seen, golden.array(case, "masked")), (name, case)
 
 
+def test_a_start_token_that_was_drawn_opens_no_blank(sets: Path) -> None:
+    """The original GLM counts block positions on through it as it generates; a blank's own start restarts them."""
+    golden = Golden(sets / "glm-10b")
+    opened, engine = engine_of(sets / "glm-10b" / "mp1")
+    for case, n_starts in (("gmask", 1), ("two_masks", 2)):
+        ids, sop = golden.ids(case), engine.special_ids["<sop>"]
+        assert ids.count(sop) == n_starts
+        drawn, other = ([*ids, last, 7, 7] for last in (sop, 7))
+        layouts = [prompt_layout(row, opened.config, engine.special_ids) for row in (drawn, other)]
+        assert torch.equal(*(layout.positions(0, len(drawn)) for layout in layouts))
+
+
 @pytest.mark.parametrize(("name", "case"), [("glm-130b", "choice_mask"), ("glm-130b", "choice_gmask"),
                                             ("glm-10b", "train_bert")])  # fmt: skip
 def test_logits_with_given_positions_and_mask(sets: Path, name: str, case: str) -> None:
