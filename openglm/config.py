@@ -34,6 +34,7 @@ class RopeConfig:
     freq_dtype: GLM-130B and ChatGLM-6B store inverse frequencies rounded to half, which moves logits by 0.01.
     position_scale: positions are divided by it (linear interpolation, ChatGLM2-6B-32K).
     yarn_factor, yarn_context: YaRN: context longer by this factor than the yarn_context trained on; 1 is off.
+    llama3_factor, llama3_context: likewise by the rule of Llama 3.1.
     """
 
     theta: float = 10000.0
@@ -43,6 +44,8 @@ class RopeConfig:
     position_scale: float = 1.0
     yarn_factor: float = 1.0
     yarn_context: int = 0
+    llama3_factor: float = 1.0
+    llama3_context: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -51,10 +54,12 @@ class RopeConfig:
             raise ValueError(f"rope.axes must be 1 or 2, not {self.axes}")
         if self.theta <= 1.0:
             raise ValueError(f"rope.theta must be above 1, not {self.theta}")
-        if self.position_scale < 1.0 or self.yarn_factor < 1.0:
-            raise ValueError("rope.position_scale and rope.yarn_factor must be 1 (off) or more")
+        if min(self.position_scale, self.yarn_factor, self.llama3_factor) < 1.0:
+            raise ValueError("rope.position_scale, rope.yarn_factor and rope.llama3_factor must be 1 (off) or more")
         if self.yarn_factor > 1.0 and (self.yarn_context < 1 or self.axes != 1):
             raise ValueError("rope.yarn_factor needs rope.yarn_context, the context trained on, and one axis")
+        if self.llama3_factor > 1.0 and (self.llama3_context < 1 or self.axes != 1 or self.yarn_factor > 1.0):
+            raise ValueError("rope.llama3_factor goes with rope.llama3_context and one axis, not with YaRN")
 
 
 @dataclass(frozen=True, kw_only=True)

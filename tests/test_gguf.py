@@ -261,7 +261,7 @@ def test_tensors_and_metadata_must_fit(llama: tuple[Path, dict[str, torch.Tensor
     refused(write(path, "llama", {k: t for k, t in tensors.items() if k != "blk.1.ffn_up.weight"}), "lacks the tensor")
     refused(write(path, "llama", tensors | {"blk.0.attn_output.bias": torch.zeros(32)}), "holds the tensor blk.0.attn_")
     refused(write(path, "llama", tensors | {"output.weight": torch.zeros(96, 16)}), "does not fit the metadata")
-    refused(write(path, "llama", tensors | {"rope_freqs.weight": torch.full((8,), 2.0)}), "frequency factors")
+    refused(write(path, "llama", tensors | {"rope_freqs.weight": torch.full((8,), 2.0)}), "rule of Llama 3.1")
     refused(write(path, "llama", tensors, expert_count=8), "mixture of experts is .* not supported")
     refused(write(path, "llama", tensors, rope__scaling__type="longrope"), "rotary scaling 'longrope'")
     refused(write(path, "qwen2", tensors, attention__sliding_window=64), "sliding attention window")

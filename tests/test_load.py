@@ -79,6 +79,10 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
     ({"model_type": "glm", "rope_parameters": {"rope_theta": 5e6, "rope_type": "default",
                                                "partial_rotary_factor": 1.0}}, RopeConfig(theta=5e6)),
     ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, RopeConfig(position_scale=2.0)),
+    ({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }}, RopeConfig(theta=5e5, llama3_factor=8.0, llama3_context=8192)),
 ])  # fmt: skip
 def test_rotary_fields_of_hugging_face_configs(change: dict[str, Any], rope: RopeConfig) -> None:
     names = frozenset({"lm_head.weight"})
@@ -89,7 +93,12 @@ def test_rotary_fields_of_hugging_face_configs(change: dict[str, Any], rope: Rop
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: ChatGLM-6B"),
-    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+     "'longrope' is not supported; known: default, linear, llama3, yarn"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 8.0,
+                                              "original_max_position_embeddings": 8192}}, "factors 1, 8"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+     "lacks 'original_max_position_embeddings'"),
     ({"model_type": "llama", "mlp_bias": True}, "biases outside of QKV"),
     ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),

@@ -56,6 +56,11 @@ def hf_config(config: GLMConfig, meta: CheckpointMeta, kind: str, dtype: str) ->
         value["rope_scaling"] = {
             "rope_type": "yarn", "factor": rope.yarn_factor, "original_max_position_embeddings": rope.yarn_context,
         }  # fmt: skip
+    elif rope.llama3_factor > 1.0:
+        value["rope_scaling"] = {
+            "rope_type": "llama3", "factor": rope.llama3_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": rope.llama3_context,
+        }  # fmt: skip
     elif rope.position_scale > 1.0:
         value["rope_scaling"] = {"rope_type": "linear", "factor": rope.position_scale}
     value["eos_token_id"] = list(meta.stop_ids) or None

@@ -9,11 +9,13 @@ neighbouring rows of the query and key heads in all of them but qwen2, which has
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openglm.config import GLMConfig, RopeConfig
@@ -23,12 +25,14 @@ from openglm.model.gguf_types import as_matrix, decode
 from openglm.model.weights import Family, Rotary, names_of
 from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import Weight
+from openglm.ops.rope import inverse_frequencies, llama3_divisors
 
 __all__ = ["ARCHITECTURES", "GgufModel", "GgufSource", "family_of", "open_gguf"]
 
 ARCHITECTURES: dict[str, Rotary] = {"chatglm": "adjacent", "glm4": "adjacent", "llama": "adjacent", "qwen2": "half"}
 TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
 META_KEY = "openglm.meta"
+ROPE_FREQS = "rope_freqs.weight"  # what each rotary frequency is divided by
 # Names under which released vocabularies hold tokens that end an answer, besides the ids in the metadata.
 STOP_TOKENS = {
     "chatglm": ("<|endoftext|>", "<|user|>", "<|observation|>"),
@@ -223,13 +227,12 @@ def _config(architecture: str, fields: Mapping[str, Any], file: GgufFile) -> GLM
 
 def _rope(meta: _Metadata, head_dim: int, file: GgufFile) -> RopeConfig:
     meta.refuse("rope.dimension_sections", "rotary sections of a multimodal model are", ([],))
-    if "rope_freqs.weight" in file.tensors:
-        freqs = decode(file.tensors["rope_freqs.weight"].type, file.bytes_of("rope_freqs.weight"), (-1,))
-        assert not hasattr(freqs, "scale")
-        if (freqs != 1).any():
-            raise ValueError("frequency factors (the tensor rope_freqs.weight, as in Llama 3.1) are not supported")
     n_rotated = int(meta.get("rope.dimension_count", head_dim))
     rope = RopeConfig(theta=_rounded(meta.get("rope.freq_base", 10000.0)), fraction=n_rotated / head_dim)
+    if ROPE_FREQS in file.tensors:
+        divisors = decode(file.tensors[ROPE_FREQS].type, file.bytes_of(ROPE_FREQS), (-1,))
+        assert isinstance(divisors, Tensor)
+        rope = _with_divisors(rope, divisors, n_rotated)
     kind = meta.get("rope.scaling.type", "none")
     factor = _rounded(meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)))
     if kind == "yarn":
@@ -240,6 +243,20 @@ def _rope(meta: _Metadata, head_dim: int, file: GgufFile) -> RopeConfig:
     if kind not in ("none", "linear"):
         raise ValueError(f"rotary scaling {kind!r} is not supported; none, linear and yarn are")
     return replace(rope, position_scale=factor)
+
+
+def _with_divisors(rope: RopeConfig, divisors: Tensor, n_rotated: int) -> RopeConfig:
+    """The rule of Llama 3.1 that gives these divisors of the frequencies; the file says no more of it."""
+    if (divisors == 1).all():
+        return rope
+    plain, factor = inverse_frequencies(n_rotated, rope.theta), float(divisors.max())
+    between = (divisors > 1.001) & (divisors < 0.999 * factor)
+    if len(divisors) == len(plain) and between.any():
+        kept = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+        context = round(float(((1 + 3 * kept) * 2 * math.pi / plain[between]).median()))
+        if torch.allclose(llama3_divisors(plain, factor, context), divisors, rtol=1e-3):
+            return replace(rope, llama3_factor=factor, llama3_context=context)
+    raise ValueError(f"the frequency factors of {ROPE_FREQS} do not follow the rule of Llama 3.1: not supported")
 
 
 def _rounded(value: float) -> float:
@@ -253,7 +270,7 @@ def _check(file: GgufFile, family: Family, config: GLMConfig) -> None:
     wanted = {name for theirs in table.values() for name in theirs}
     if missing := sorted(wanted - file.tensors.keys()):
         raise ValueError(f"{file.path} lacks the tensor {missing[0]} and {len(missing) - 1} more: fetch it again")
-    if extra := sorted(file.tensors.keys() - wanted - {"rope_freqs.weight"}):
+    if extra := sorted(file.tensors.keys() - wanted - {ROPE_FREQS}):
         raise ValueError(f"{file.path} holds the tensor {extra[0]}, which this architecture has no place for")
     shapes = {
         "embed": (c.vocab_size, c.dim), "head": (c.vocab_size, c.dim), "qkv": (c.qkv_dim, c.dim),

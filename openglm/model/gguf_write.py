@@ -21,12 +21,13 @@ from typing import Any, Self
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
-from openglm.model.gguf import META_KEY, SAMPLING, TOP, family_of
+from openglm.model.gguf import META_KEY, ROPE_FREQS, SAMPLING, TOP, family_of
 from openglm.model.gguf_file import ARRAY, MAGIC, SCALARS, STRING
 from openglm.model.gguf_tokenizer import padded_tokens
 from openglm.model.gguf_types import TYPES, encode, kept_type
 from openglm.model.weights import export_weights, names_of
 from openglm.ops.quant import QuantTensor, Weight
+from openglm.ops.rope import inverse_frequencies, llama3_divisors
 from openglm.tokenizer.tokenizer import write_file
 
 __all__ = ["FILE_TYPES", "GgufOutput", "architecture_of", "write_gguf"]
@@ -50,8 +51,11 @@ def architecture_of(config: GLMConfig) -> str:
                 f"GGUF has no architecture with {name} {getattr(config, name)!r}: convert to openglm or sat instead"
             )
     rope = config.rope
-    if rope.freq_dtype != "float32" or (rope.yarn_factor > 1 and rope.position_scale > 1):
+    scales = (rope.yarn_factor, rope.position_scale, rope.llama3_factor)
+    if rope.freq_dtype != "float32" or sum(x > 1 for x in scales) > 1:
         raise ValueError("GGUF cannot express these rotary frequencies (rounded to half, or scaled twice)")
+    if rope.llama3_factor > 1 and (config.sandwich or rope.fraction < 1 or config.qkv_bias):
+        raise ValueError("llama.cpp knows the rotary scaling of Llama 3.1 in llama alone: convert to openglm or hf")
     if config.sandwich:
         return "glm4"
     if rope.fraction < 1:
@@ -108,6 +112,7 @@ class GgufOutput:
         self._family = family_of(architecture, fused_up=architecture in ("chatglm", "glm4"))
         self._config, self._type = config, type
         names = [name for theirs in names_of(self._family, config).values() for name in theirs]
+        names += [ROPE_FREQS] * (config.rope.llama3_factor > 1)
         fields = _fields(architecture, config, meta, type) | padded_tokens(tokenizer_fields, config.vocab_size)
         if chat_template is not None:
             fields["tokenizer.chat_template"] = chat_template
@@ -150,20 +155,27 @@ class GgufOutput:
     def add(self, name: str, weight: Weight) -> None:
         """Write one weight, by our name and in our order."""
         for theirs, part in export_weights(self._family, self._config, [(name, weight)]):
-            stored = _stored_type(theirs, part, self._type, self._config.tie_embeddings)
-            offset = self._file.tell() - self._start
-            self._table[theirs] = _entry(theirs, tuple(part.shape), TYPES[stored].id, offset)
-            for data in encode(stored, part):
-                self._file.write(data)
-            self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+            self._write(theirs, part)
         self._added.append(name)
         if self._identity is not None and self._file.tell() - self._noted >= NOTE_BYTES:
             self._note()
 
+    def _write(self, name: str, weight: Weight) -> None:
+        stored = _stored_type(name, weight, self._type, self._config.tie_embeddings)
+        offset = self._file.tell() - self._start
+        self._table[name] = _entry(name, tuple(weight.shape), TYPES[stored].id, offset)
+        for data in encode(stored, weight):
+            self._file.write(data)
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+
     def commit(self) -> None:
         """Complete the file and give it its name."""
+        rope = self._config.rope
+        if rope.llama3_factor > 1:
+            plain = inverse_frequencies(self._config.rotary_dim, rope.theta)
+            self._write(ROPE_FREQS, llama3_divisors(plain, rope.llama3_factor, rope.llama3_context))
         wanted = {name for theirs in names_of(self._family, self._config).values() for name in theirs}
-        assert self._table.keys() == wanted, f"weights not given: {sorted(wanted - self._table.keys())}"
+        assert self._table.keys() - {ROPE_FREQS} == wanted, f"weights not given: {sorted(wanted - self._table.keys())}"
         self._file.seek(self._table_at)
         self._file.write(b"".join(self._table.values()))
         assert self._file.tell() == self._table_at + self._table_size
@@ -236,7 +248,7 @@ def _fields(architecture: str, config: GLMConfig, meta: CheckpointMeta, type: st
 
 
 def _is_matrix(name: str) -> bool:
-    return name.endswith(".weight") and "norm" not in name
+    return name.endswith(".weight") and "norm" not in name and name != ROPE_FREQS
 
 
 def _stored_type(name: str, weight: Weight, type: str, tied: bool) -> str:

@@ -122,7 +122,17 @@ def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
         if extra := sorted(name for name, value in scaling.items() if name not in known and value is not None):
             raise ValueError(f"config.json: YaRN with {extra[0]} is not supported: only factor and original context")
         return RopeConfig(theta=theta, fraction=fraction, yarn_factor=float(scaling["factor"]), yarn_context=context)
-    raise ValueError(f"config.json: rope_scaling of type {kind!r} is not supported; known: default, linear, yarn")
+    if kind == "llama3":
+        low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+        if (low, high) != (1.0, 4.0):
+            raise ValueError(f"config.json: llama3 scaling with factors {low:g}, {high:g} is not supported: only 1, 4")
+        context = int(scaling["original_max_position_embeddings"])
+        return RopeConfig(
+            theta=theta, fraction=fraction, llama3_factor=float(scaling["factor"]), llama3_context=context
+        )
+    raise ValueError(
+        f"config.json: rope_scaling of type {kind!r} is not supported; known: default, linear, llama3, yarn"
+    )
 
 
 # What an absent field means, as the configs of transformers define it; they may leave such fields out of the file.

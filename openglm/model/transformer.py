@@ -19,7 +19,7 @@ from openglm.config import GLMConfig
 from openglm.model.batch import ForwardBatch
 from openglm.model.cache import Cache, KVCache
 from openglm.ops.attention import attention, visible
-from openglm.ops.rope import apply_rope, inverse_frequencies, rope_angles, yarn
+from openglm.ops.rope import apply_rope, inverse_frequencies, llama3_divisors, rope_angles, yarn
 
 __all__ = ["MLP", "Attention", "Block", "Transformer"]
 
@@ -191,4 +191,6 @@ def _frequencies(config: GLMConfig) -> tuple[Tensor, float]:
     inv_freq = inverse_frequencies(config.rotary_dim, rope.theta, rope.axes, rope.freq_dtype == "float16")
     if rope.yarn_factor > 1.0:
         inv_freq, scale = yarn(inv_freq, rope.theta, rope.yarn_factor, rope.yarn_context)
+    if rope.llama3_factor > 1.0:
+        inv_freq = inv_freq / llama3_divisors(inv_freq, rope.llama3_factor, rope.llama3_context)
     return inv_freq / rope.position_scale, scale

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope", "inverse_frequencies", "rope_angles", "yarn"]
+__all__ = ["apply_rope", "inverse_frequencies", "llama3_divisors", "rope_angles", "yarn"]
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, axes: int = 1, half_precision: bool = False) -> Tensor:
@@ -38,6 +38,17 @@ def yarn(inv_freq: Tensor, theta: float, factor: float, context: int) -> tuple[T
     low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), n - 1)
     ramp = ((torch.arange(n // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1.0
+
+
+def llama3_divisors(inv_freq: Tensor, factor: float, context: int) -> Tensor:
+    """What each frequency is divided by for a context `factor` times the `context` trained on, as in Llama 3.1.
+
+    Its constants: pairs that turn more than 4 times in the context trained on keep their frequency, those that turn
+    less than once are slowed by `factor`, and what is kept rises linearly with the turns between.
+    """
+    turns = context * inv_freq / (2 * math.pi)
+    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    return 1 / (kept + (1 - kept) / factor)
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from openglm.config import GLMConfig, RopeConfig
+from openglm.convert import convert
 from openglm.engine import Engine
+from openglm.loading import open_reference
 from openglm.model.batch import ForwardBatch
 from openglm.model.load import build_transformer
 from openglm.model.opened import open_model
@@ -139,3 +141,26 @@ def test_yarn_when_the_config_asks(prefix: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 131, (100,)).tolist()
     engine = Engine(build_transformer(opened, dtype=torch.float32), {})
     torch.testing.assert_close(engine.logits(ids), reference(torch.tensor([ids])).logits[0], rtol=0, atol=5e-5)
+
+
+def test_llama_3_scaling_here_and_through_every_format(tmp_path: Path) -> None:
+    """Positions past the context trained on; then out to transformers, and to GGUF, which holds divisors alone."""
+    transformers = pytest.importorskip("transformers", reason="needs the test extra: transformers")
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(**{**SIZE, "head_dim": 16, "rope_parameters": rope})
+    reference = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path / "theirs")
+    ids = torch.randint(0, 131, (100,)).tolist()
+    wanted = reference(torch.tensor([ids])).logits[0]
+    given = open_reference(tmp_path / "theirs")
+    convert(given, tmp_path / "hf", "hf")
+    convert(given, tmp_path / "m.gguf", "gguf", dtype="float32")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(again(torch.tensor([ids])).logits[0], wanted, rtol=0, atol=1e-6)
+    for path in (tmp_path / "theirs", tmp_path / "hf", tmp_path / "m.gguf"):
+        opened = open_model(path)
+        assert opened.config.rope == RopeConfig(llama3_factor=8.0, llama3_context=32), path
+        engine = Engine(build_transformer(opened, dtype=torch.float32), {})
+        torch.testing.assert_close(engine.logits(ids), wanted, rtol=0, atol=5e-5)
