@@ -122,7 +122,10 @@ class ChatModel:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer, so it takes no text: give token ids, or load a checkpoint")
+            raise ValueError(
+                "this model has no tokenizer, so it takes no text: put its tokenizer files beside the weights, or give "
+                "token ids"
+            )
         return self._tokenizer
 
     # ---------------------------------------------------------------- text

@@ -8,16 +8,19 @@ read into memory of its own: nothing stays mapped, and reading a checkpoint of a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 import pickle
+import pickletools
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -217,7 +220,9 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut short or no file of torch.save (zip form): fetch it again")
+        cut = _cut_tensor(path)
+        what = f"was cut short inside the tensor {cut}" if cut else "is cut short or no file of torch.save (zip form)"
+        raise ValueError(f"{path} {what}: fetch it again")
     try:
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -247,6 +252,45 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path} was cut short inside the tensor {name}: fetch it again")
         tensors[name] = info
     return tensors
+
+
+def _cut_tensor(path: Path) -> str | None:
+    """The tensor inside which a file of torch.save ends that has lost its table of contents; None: not to be told.
+
+    Such a file is a zip: the pickle that names the tensors comes first, then each storage under its number.
+    """
+    with open(path, "rb") as file, contextlib.suppress(OSError, ValueError, IndexError, struct.error):
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            last = re.match(rb"[^/]+/data/(\d+)FB", data[data.rfind(b"PK\3\4") + 30 :][:99])
+            if not data[:4] == b"PK\3\4" or last is None:
+                return None
+            name_size, extra_size = struct.unpack("<HH", data[26:30])
+            if not data[30 : 30 + name_size].endswith(b"/data.pkl"):
+                return None
+        file.seek(30 + name_size + extra_size)
+        return _names_of_storages(file).get(last[1].decode())
+    return None
+
+
+def _names_of_storages(file: BinaryIO) -> dict[str, str]:
+    """Number of a storage -> first tensor in it, from a pickled state dict that is read as a list of instructions.
+
+    A storage is a tuple ("storage", type, number, device, size) behind the name of its tensor.
+    """
+    found: dict[str, str] = {}
+    texts: list[str] = []
+    memo: dict[int, str | None] = {}
+    last: str | None = None
+    for op, value, _ in pickletools.genops(file):
+        if op.name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = last
+            continue
+        last = value if op.name == "BINUNICODE" else memo.get(value) if op.name in ("BINGET", "LONG_BINGET") else None
+        if last is not None:
+            texts.append(last)
+        if op.name == "BINPERSID":
+            found.setdefault(texts[-2], texts[-4])
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
