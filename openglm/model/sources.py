@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -279,7 +279,7 @@ def _names_of_storages(file: BinaryIO) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     texts: list[str] = []
-    memo: dict[int, str | None] = {}
+    memo: dict[Any, str | None] = {}
     last: str | None = None
     for op, value, _ in pickletools.genops(file):
         if op.name in ("BINPUT", "LONG_BINPUT"):
