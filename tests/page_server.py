@@ -41,6 +41,7 @@ class Scene:
     text: str
     n_answered: int
     n_asked: int  # requests so far, this one included
+    page: Page
 
 
 @dataclass
@@ -55,6 +56,9 @@ class Page:
     key: str | None = None
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # path -> (mime, content)
+    uploads: list[bytes] = field(default_factory=list)  # bodies of the forms
+    decisions: dict[str, str] = field(default_factory=dict)  # call -> allow or deny
+    observations: list[Delta] = field(default_factory=list)  # what the script `observed` streams
 
 
 def words(text: str, size: int = 3) -> Iterator[Delta]:
@@ -99,6 +103,47 @@ def tool(scene: Scene) -> Iterator[Delta | float]:
     yield from words("The largest value is **0.9996**.")
 
 
+def seen(id: str, name: str, status: str, **more: Any) -> Delta:
+    return {"observations": [{"id": id, "name": name, "status": status, **more}]}
+
+
+def agent(scene: Scene) -> Iterator[Delta | float]:
+    """The server runs the tools: one waits for the user, one reads pages, one draws."""
+    yield from words("I look it up and compute.\n\n")
+    yield seen("call_1", "python", "approval", arguments=json.dumps({"code": "for i in range(3):\n    print(i * 1.5)"}))
+    while "call_1" not in scene.page.decisions:
+        yield {}  # a client that has gone away is noticed
+        yield 0.02
+    if scene.page.decisions["call_1"] == "deny":
+        yield seen("call_1", "python", "denied", content="The user did not allow this call.")
+        yield from words("Then I will not.")
+        return
+    for number in range(3):
+        yield seen("call_1", "python", "running", output=f"{number * 1.5}\n")
+        yield 0.05
+    while "hold" in scene.text:
+        yield seen("call_1", "python", "running", output="still at it\n")
+        yield 0.02
+    table = {"id": "file-1", "name": "table.csv", "mime": "text/csv", "url": "/v1/files/file-1/content", "bytes": 9}
+    yield seen("call_1", "python", "ok", content="0.0\n1.5\n3.0", seconds=0.31, files=[table])
+    sources = [
+        {"number": 2, "url": "https://example.org/glm?a=1&b=2", "title": "The GLM <models>"},
+        {"number": 3, "url": "https://www.example.com/kites", "title": "风筝的历史"},
+    ]
+    yield seen("call_2", "simple_browser", "running", arguments='{"code": "search(\\"GLM\\")"}')
+    yield seen("call_2", "simple_browser", "ok", content="[2] The GLM models\n[3] 风筝的历史", seconds=0.8,
+               data={"sources": sources})  # fmt: skip
+    yield seen("call_3", "cogview", "running", arguments='{"prompt": "a red kite over the sea"}')
+    yield seen("call_3", "cogview", "running", output="step 10 of 30\n")
+    picture = {"id": "file-2", "name": "picture-1.svg", "mime": "image/svg+xml", "url": PLOT, "bytes": 400}
+    yield seen("call_3", "cogview", "ok", content="[picture-1.svg]", seconds=2.5, files=[picture])
+    yield from words("GLM is a family of models【2†The GLM models】 and kites are old【3†风筝】; see also【9†none】.")
+
+
+def observed(scene: Scene) -> Iterator[Delta | float]:
+    yield from scene.page.observations
+
+
 def error(scene: Scene) -> Iterator[Delta | float]:
     yield from words("Half an ans")
     yield {"error": {"message": "the engine stumbled", "code": 500}}
@@ -114,7 +159,8 @@ def version(scene: Scene) -> Iterator[Delta | float]:
 
 
 SCRIPTS: dict[str, Script] = {
-    "slow": slow, "think": think, "tool": tool, "error": error, "broken": broken, "version": version,
+    "slow": slow, "think": think, "tool": tool, "agent": agent, "observed": observed,
+    "error": error, "broken": broken, "version": version,
 }  # fmt: skip
 
 
@@ -167,9 +213,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.page.seen.append(f"POST {self.path}")
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
         if not self.allowed():
             return
+        if self.path == "/v1/files":
+            self.upload(content)
+            return
+        body = json.loads(content)
         self.page.requests.append({"path": self.path, **body})
         if self.path == "/fill":
             if "[MASK]" not in body["text"]:
@@ -178,8 +228,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply_json(200, {"fillings": self.page.fillings[: body["n"]]})
         elif self.path == "/v1/chat/completions":
             self.chat(body)
+        elif self.path == "/v1/agent/approvals":
+            self.page.decisions[body["id"]] = body["decision"]
+            self.reply_json(200, body)
         else:
             self.reply_json(404, {"error": {"message": "not found"}})
+
+    def upload(self, content: bytes) -> None:
+        if b"refuse-me" in content:
+            self.reply_json(413, {"error": {"message": "the file is too large"}})
+            return
+        self.page.uploads.append(content)
+        self.reply_json(200, {"id": f"file-up{len(self.page.uploads)}", "object": "file", "bytes": len(content)})
 
     def chat(self, body: dict[str, Any]) -> None:
         text = next(m["content"] for m in reversed(body["messages"]) if m["role"] == "user")
@@ -188,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         n_answered = sum(m["role"] == "assistant" for m in body["messages"])
         n_asked = sum(r["path"] == self.path for r in self.page.requests)
-        scene = Scene(body, text, n_answered, n_asked)
+        scene = Scene(body, text, n_answered, n_asked, self.page)
         script = SCRIPTS.get(text.split()[0] if text.split() else "", echo)
         deltas = words(self.page.answers[text], 5) if text in self.page.answers else script(scene)
         self.send_response(200)

@@ -38,10 +38,11 @@ export const address = (path) => new URL(path, document.baseURI).href;
 async function once(path, body, signal, key) {
   const headers = { Accept: "application/json, text/event-stream" };
   if (key) headers.Authorization = `Bearer ${key}`;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const form = body instanceof FormData;
+  if (body !== undefined && !form) headers["Content-Type"] = "application/json";
   const init = { method: body === undefined ? "GET" : "POST", headers, signal, cache: "no-store", redirect: "error" };
   try {
-    return await fetch(address(path), { ...init, body: body === undefined ? undefined : JSON.stringify(body) });
+    return await fetch(address(path), { ...init, body: body === undefined || form ? body : JSON.stringify(body) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, String(error.message || error));
@@ -135,6 +136,20 @@ export async function* streamChat(body, signal) {
 export async function fillBlanks(text, n, maxTokens, signal) {
   const answer = await (await request("fill", { text, n, max_tokens: maxTokens }, signal)).json();
   return Array.isArray(answer.fillings) ? answer.fillings : [];
+}
+
+/** Put a file where the tools of the server can read it; its id. */
+export async function uploadFile(file) {
+  const form = new FormData();
+  form.append("purpose", "assistants");
+  form.append("file", file, file.name);
+  const { id } = await (await request("v1/files", form)).json();
+  return String(id);
+}
+
+/** Answer a tool call that waits for the user. */
+export async function decide(id, allow) {
+  await request("v1/agent/approvals", { id, decision: allow ? "allow" : "deny" });
 }
 
 /** A file of the server as a local address that needs no key in it; data: and blob: addresses stay. */

@@ -179,6 +179,8 @@ async function findModel() {
   fill.drawState();
 }
 
+const usesTools = () => Boolean(model?.all_tools && settings.allTools);
+
 function drawAllTools() {
   byId("all-tools").setAttribute("aria-pressed", String(Boolean(settings.allTools)));
 }
@@ -187,7 +189,7 @@ function makeViews() {
   chat = new ChatView({
     settings,
     save: keep,
-    allTools: () => Boolean(model?.all_tools && settings.allTools),
+    allTools: usesTools,
     changed: () => {
       drawHead();
       sidebar?.draw();
@@ -197,7 +199,7 @@ function makeViews() {
     if (running.has(chat.conversation.id)) return false;
     chat.send(text, files);
     return true;
-  });
+  }, usesTools);
   fill = new FillView({ model: () => model });
   sidebar = new Sidebar({
     conversations: sorted,

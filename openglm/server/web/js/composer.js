@@ -1,15 +1,19 @@
-// The box to write in: Enter sends (never while an input method composes), files come in as text.
+// The box to write in: Enter sends (never while an input method composes). Files go along as text; where the server's
+// tools are on, they go to the server, into the folder where the tools work.
 
+import { uploadFile } from "./api.js";
 import { byId, h, icon, iconButton, isComposing, toast } from "./dom.js";
 import { t } from "./i18n.js";
 
 const MAX_FILE_BYTES = 512 * 1024;
+const MAX_UPLOAD_BYTES = 32 * 1024 * 1024;
 const MAX_FILES = 10;
 
 export class Composer {
-  /** send(text, files) answers whether it was taken. */
-  constructor(send) {
+  /** send(text, files) answers whether it was taken. toServer(): whether files go to the server. */
+  constructor(send, toServer) {
     this.send = send;
+    this.toServer = toServer;
     this.files = [];
     this.input = byId("input");
     this.form = byId("composer");
@@ -60,6 +64,7 @@ export class Composer {
 
   submit() {
     const text = this.input.value.trim();
+    if (this.files.some((file) => file.busy)) return toast(t("stillUploading"));
     if ((!text && !this.files.length) || !this.send(text, this.files)) return;
     this.fill("");
     this.files = [];
@@ -85,7 +90,8 @@ export class Composer {
         toast(t("tooManyFiles", { n: MAX_FILES }));
         break;
       }
-      if (file.size > MAX_FILE_BYTES) toast(t("fileTooBig", { name: file.name, n: MAX_FILE_BYTES / 1024 }));
+      if (this.toServer()) this.upload(file);
+      else if (file.size > MAX_FILE_BYTES) toast(t("fileTooBig", { name: file.name, n: MAX_FILE_BYTES / 1024 }));
       else {
         const text = decode(new Uint8Array(await file.arrayBuffer()));
         if (text === null) toast(t("fileNoText", { name: file.name }));
@@ -96,6 +102,21 @@ export class Composer {
     this.input.focus();
   }
 
+  async upload(file) {
+    if (file.size > MAX_UPLOAD_BYTES) return toast(t("fileTooBig", { name: file.name, n: MAX_UPLOAD_BYTES / 1024 }));
+    const entry = { name: file.name, text: "", busy: true };
+    this.files.push(entry);
+    this.drawFiles();
+    try {
+      entry.id = await uploadFile(file);
+      delete entry.busy;
+    } catch (error) {
+      this.files = this.files.filter((other) => other !== entry);
+      toast(t("uploadFailed", { name: file.name, why: error.message }), null, 10);
+    }
+    return this.drawFiles();
+  }
+
   drawFiles() {
     const chip = (file) => {
       const remove = () => {
@@ -104,7 +125,8 @@ export class Composer {
         this.input.focus();
       };
       const close = iconButton("close", t("removeFile", { name: file.name }), remove);
-      return h("li", { class: "chip" }, icon("file"), h("span", { text: file.name }), close);
+      const busy = file.busy ? "true" : null;
+      return h("li", { class: "chip", "aria-busy": busy }, icon("file"), h("span", { text: file.name }), close);
     };
     byId("attachments").replaceChildren(...this.files.map(chip));
   }

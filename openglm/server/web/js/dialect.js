@@ -1,4 +1,4 @@
-// What answers write beyond GitHub's markdown, as extensions of marked: formulas, and bold text in Chinese.
+// What answers write beyond GitHub's markdown, as extensions of marked: formulas, citations, bold text in Chinese.
 
 // $$ ... $$ and \[ ... \] as blocks; \( ... \), $$ ... $$ and $ ... $ in a line. As in pandoc, a single $ opens only
 // before a non-space and closes only after one and not before a digit, so that prices stay prices.
@@ -68,4 +68,28 @@ const cjkStrong = {
   },
 };
 
-export const EXTENSIONS = [blockMath, inlineMath, cjkStrong];
+// 【3†title】 cites source 3 of what the tools read. Unknown sources stay as they were written.
+const CITATION = /^【(\d{1,4})†([^】\n]{0,300})】/;
+const PENDING_CITATION = /^【\d{1,4}(?:†[^】\n]{0,300})?$/;
+let sources = new Map(); // number -> {number, url, title}
+export const setSources = (value) => (sources = value);
+
+const citation = {
+  name: "citation",
+  level: "inline",
+  start: (source) => source.match(/【\d/)?.index,
+  tokenizer(source) {
+    const found = CITATION.exec(source);
+    const known = found && sources.get(Number(found[1]));
+    if (known) return { type: "citation", raw: found[0], source: known };
+    const open = live ? PENDING_CITATION.exec(source) : null;
+    return open ? { type: "citation", raw: open[0], source: null } : undefined;
+  },
+  renderer({ source }) {
+    if (!source) return "";
+    const { number, url, title } = source;
+    return `<sup><a href="${escaped(url)}" title="${escaped(title || url)}">${number}</a></sup>`;
+  },
+};
+
+export const EXTENSIONS = [blockMath, inlineMath, cjkStrong, citation];

@@ -1,7 +1,7 @@
 // Markdown to document nodes, as it streams in. All HTML goes through DOMPurify; code and maths are drawn afterwards.
 
 import { Marked } from "../vendor/marked/marked.esm.js";
-import { EXTENSIONS, setLive } from "./dialect.js";
+import { EXTENSIONS, setLive, setSources } from "./dialect.js";
 import { icon } from "./dom.js";
 import { t } from "./i18n.js";
 import { sanitize } from "./sanitize.js";
@@ -25,8 +25,10 @@ const lines = (text) => text.replace(/\r\n?/g, "\n").replace(/\u0000/g, "\ufffd"
  * drawn again, so a long answer costs per frame what its last block costs.
  */
 export class LiveMarkdown {
-  constructor(element) {
+  /** sources: number -> {url, title} of what may be cited. */
+  constructor(element, sources = new Map()) {
     this.element = element;
+    this.sources = sources;
     this.reset();
   }
 
@@ -53,6 +55,7 @@ export class LiveMarkdown {
 
   lex(source, ended) {
     setLive(!ended);
+    setSources(this.sources);
     const lexer = new marked.Lexer(marked.defaults);
     Object.assign(lexer.tokens.links, this.links);
     const tokens = lexer.lex(source);

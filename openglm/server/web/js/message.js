@@ -3,8 +3,10 @@
 import { copyText, h, icon, iconButton, isComposing, languageOf } from "./dom.js";
 import { t } from "./i18n.js";
 import { LiveMarkdown } from "./markdown.js";
-import { ToolCard } from "./tools.js";
+import { cited, sourcesUpTo } from "./sources.js";
+import { sourceList, ToolCard } from "./tools.js";
 import { textOf, versions } from "./tree.js";
+import { goesOn } from "./turn.js";
 
 /** actions: {edit(message, text), again(message), turn(message, step)}. */
 export class MessageView {
@@ -78,7 +80,7 @@ export class MessageView {
       const grows = !ended && i === message.parts.length - 1;
       if (view.ended) return;
       view.draw(!grows);
-      view.ended = !grows && (part.type !== "call" || part.status !== "running");
+      view.ended = !grows && (part.type !== "call" || !goesOn(part));
     });
     this.element.classList.toggle("streaming", !ended);
     this.element.setAttribute("aria-busy", String(!ended));
@@ -93,7 +95,7 @@ export class MessageView {
       return { draw: () => card.update() };
     }
     const prose = h("div", { class: "prose" });
-    const live = new LiveMarkdown(prose);
+    const live = new LiveMarkdown(prose, sourcesUpTo(this.conversation, this.message.id));
     const write = (ended) => {
       prose.lang = languageOf(part.text);
       live.update(part.text, ended);
@@ -114,10 +116,19 @@ export class MessageView {
 
   close() {
     this.closed = true;
+    this.drawSources();
     const { finish, error } = this.message;
     const note = { length: t("endedLength"), stopped: t("endedStopped"), error: error ? errorText(error) : "" }[finish];
     if (note) this.body.append(h("p", { class: `note ${finish}`, role: finish === "error" ? "alert" : null, text: note }));
     this.drawFoot();
+  }
+
+  /** What the answer cites, under it. */
+  drawSources() {
+    const found = cited(textOf(this.message), sourcesUpTo(this.conversation, this.message.id));
+    if (!found.length) return;
+    const title = h("h4", { text: t("sources") });
+    this.body.append(h("section", { class: "sources", "aria-label": t("sources") }, title, sourceList(found)));
   }
 
   // ---------------------------------------------------------------- buttons

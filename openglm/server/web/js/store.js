@@ -1,6 +1,7 @@
 // What the browser keeps: conversations in IndexedDB, settings in localStorage. Nothing leaves the machine.
 // Imported files are foreign data: `parseImport` builds every object anew out of checked fields.
 
+import { sourcesIn } from "./sources.js";
 import { newId } from "./tree.js";
 
 const NAME = "openglm";
@@ -162,7 +163,9 @@ function conversationOf(value, where) {
 function userOf(message, at) {
   const files = list(message.files ?? [], `${at}.files`, LIMITS.files).map((file) => {
     check(file && typeof file === "object", `${at}.files`);
-    return { name: text(file.name, `${at}.files.name`, LIMITS.short), text: text(file.text, `${at}.files.text`) };
+    const name = text(file.name, `${at}.files.name`, LIMITS.short);
+    if (typeof file.id === "string") return { name, id: text(file.id, `${at}.files.id`, LIMITS.short), text: "" };
+    return { name, text: text(file.text, `${at}.files.text`) };
   });
   return { role: "user", content: text(message.content, `${at}.content`), files };
 }
@@ -199,7 +202,8 @@ function partOf(part, at) {
   return {
     type: "call", id: text(part.id, `${at}.id`, LIMITS.short), index: number(part.index) ?? 0,
     name: text(part.name, `${at}.name`, LIMITS.short), arguments: text(part.arguments ?? "", `${at}.arguments`),
-    status: oneOf(part.status, ["ok", "error", "denied", "stopped"], "stopped"),
+    status: oneOf(part.status, ["ok", "error", "refused", "denied", "repeated", "cut", "stopped"], "stopped"),
     content: text(part.content ?? "", `${at}.content`), seconds: number(part.seconds), files,
+    output: text(part.output ?? "", `${at}.output`), sources: sourcesIn(part.sources),
   };
 }

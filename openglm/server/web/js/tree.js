@@ -3,7 +3,9 @@
 // {id, title, named, created, updated, system, messages: [message], chosen: {parent id or "": child id}}
 // message: {id, parent, role: "user", content, files: [{name, text}], time}
 //       or {id, parent, role: "assistant", parts: [part], time, finish, stats}
-// part: {type: "text" | "reasoning", text} or {type: "call", id, name, arguments, status, content, seconds, files}
+// A file that was put on the server has an id in place of the text.
+// part: {type: "text" | "reasoning", text}
+//       or {type: "call", id, name, arguments, status, output, content, seconds, files, sources}
 // A parent always stands before its children.
 
 export const newId = () => {
@@ -98,7 +100,8 @@ export function matches(conversation, query) {
 
 /** The text of a user message as the model gets it: files first, each in a fence that its text cannot close. */
 export function withFiles(message) {
-  const pieces = (message.files || []).map(({ name, text }) => {
+  const here = (message.files || []).filter((file) => !file.id);
+  const pieces = here.map(({ name, text }) => {
     const ticks = Math.max(2, ...Array.from(text.matchAll(/`+/g), (run) => run[0].length)) + 1;
     const fence = "`".repeat(ticks);
     return `${name.replace(/\s+/g, " ")}\n${fence}\n${text.replace(/\n$/, "")}\n${fence}`;
@@ -110,7 +113,12 @@ export function withFiles(message) {
 export function toRequest(conversation, lastId) {
   const out = conversation.system.trim() ? [{ role: "system", content: conversation.system.trim() }] : [];
   for (const message of pathTo(conversation, lastId)) {
-    if (message.role === "user") out.push({ role: "user", content: withFiles(message) });
+    if (message.role === "user") {
+      // The server itself names the files of the message that it answers.
+      const names = message.id === lastId ? [] : (message.files || []).filter((file) => file.id).map((file) => file.name);
+      const note = names.length ? `[files in the working folder: ${names.join(", ")}]` : "";
+      out.push({ role: "user", content: [note, withFiles(message)].filter(Boolean).join("\n\n") });
+    }
     else out.push(...assistantTurns(message.parts));
   }
   return out;

@@ -1,7 +1,14 @@
 // One answer: sends the conversation, puts the pieces that stream in into an assistant message. No document here.
 
 import { ApiError, streamChat } from "./api.js";
-import { append, toRequest } from "./tree.js";
+import { sourcesIn } from "./sources.js";
+import { append, find, toRequest } from "./tree.js";
+
+const MAX_OUTPUT = 200_000; // characters of what a running tool prints that are kept, the last ones
+const STATES = ["running", "approval", "ok", "error", "refused", "denied", "repeated", "cut"];
+
+/** Whether more is to come of a call. */
+export const goesOn = (part) => part.status === "running" || part.status === "approval";
 
 export const running = new Map(); // conversation id -> {controller, message}
 
@@ -21,7 +28,12 @@ export function samplingFields(sampling) {
 export async function answer(conversation, parent, { sampling, allTools, onChange }) {
   const controller = new AbortController();
   const request = { messages: toRequest(conversation, parent), ...samplingFields(sampling) };
-  if (allTools) request.tools = [{ type: "all_tools" }];
+  if (allTools) {
+    request.tools = [{ type: "all_tools" }];
+    request.conversation = conversation.id; // its variables, pages and files stay between answers
+    const ids = (find(conversation, parent).files ?? []).map((file) => file.id).filter(Boolean);
+    if (ids.length) request.files = ids;
+  }
   const message = append(conversation, parent, { role: "assistant", parts: [], finish: null, stats: null });
   const run = { controller, message };
   running.set(conversation.id, run);
@@ -45,7 +57,7 @@ export async function answer(conversation, parent, { sampling, allTools, onChang
   } finally {
     endThinking(message, clock);
     for (const part of message.parts) {
-      if (part.type === "call" && part.status === "running") part.status = "stopped";
+      if (part.type === "call" && goesOn(part)) part.status = "stopped";
     }
     if (message.stats && clock.first) message.stats.first_s = (clock.first - started) / 1000;
     if (running.get(conversation.id) === run) running.delete(conversation.id);
@@ -64,7 +76,7 @@ export function settle(conversation) {
   for (const message of conversation.messages) {
     if (message.role !== "assistant" || message.finish) continue;
     message.finish = "stopped";
-    for (const part of message.parts) if (part.status === "running") part.status = "stopped";
+    for (const part of message.parts) if (goesOn(part)) part.status = "stopped";
   }
 }
 
@@ -122,13 +134,17 @@ function startCall(parts, id, index) {
   return part;
 }
 
-/** What came of a call; "running" ones may come several times, with the output so far. */
+/** News of a call: while it runs pieces of its output, in the end what the model is given, files and sources. */
 function takeObservation(parts, seen) {
   let part = parts.findLast((p) => p.type === "call" && p.id === seen.id);
   part ??= startCall(parts, String(seen.id), 0);
   if (seen.name) part.name ||= String(seen.name);
-  part.status = ["running", "ok", "error", "denied"].includes(seen.status) ? seen.status : "ok";
+  part.status = STATES.includes(seen.status) ? seen.status : "ok";
+  if (typeof seen.arguments === "string") part.arguments ||= seen.arguments;
+  if (typeof seen.output === "string") part.output = ((part.output ?? "") + seen.output).slice(-MAX_OUTPUT);
   if (typeof seen.content === "string") part.content = seen.content;
+  const sources = sourcesIn(seen.data?.sources);
+  if (sources.length) part.sources = sources;
   if (typeof seen.seconds === "number") part.seconds = seen.seconds;
   if (!Array.isArray(seen.files)) return;
   part.files = seen.files.map((file) => ({
