@@ -1,6 +1,6 @@
 """All Tools in the page, in a real browser: cards as tools run, approval, stop, files up and down, citations.
 
-    python -m pytest tests/test_page_agent.py
+python -m pytest tests/test_page_agent.py
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def test_files_go_to_the_server_where_tools_are_on(desk: Desk) -> None:
 def test_nothing_that_tools_say_can_run(desk: Desk) -> None:
     """Names, arguments, output, contents, files, titles and addresses of sources: as text, never as more."""
     assert desk.mock is not None
-    bad = [*URLS, "ftp://example.org/pwned", "mailto:a@b", "vbscript:x", "https://exa\"onclick=alert(1)//.org/"]
+    bad = [*URLS, "ftp://example.org/pwned", "mailto:a@b", "vbscript:x", 'https://exa"onclick=alert(1)//.org/']
     sources = [{"number": i, "url": url, "title": PAYLOADS[i]} for i, url in enumerate(bad)]
-    url = "https://example.org/?q=\"><img src=x onerror=\"window.pwned=1\">"
+    url = 'https://example.org/?q="><img src=x onerror="window.pwned=1">'
     fine = {"number": 77, "url": url, "title": PAYLOADS[3]}
     deltas = []
     for i, payload in enumerate(PAYLOADS):
@@ -168,7 +168,7 @@ def test_nothing_that_tools_say_can_run(desk: Desk) -> None:
         deltas.append(seen(call, payload, last, content=payload, files=files, data={"sources": kept}))
     deltas.append(seen("wait", PAYLOADS[0], "approval", arguments=PAYLOADS[1]))
     marks = " ".join(f"【{number}†{payload}】" for number, payload in enumerate(PAYLOADS))
-    deltas.append({"content": f"{marks} 【77†\"><img src=x onerror=window.pwned=1>】\n\n" + "\n\n".join(PAYLOADS[:5])})
+    deltas.append({"content": f'{marks} 【77†"><img src=x onerror=window.pwned=1>】\n\n' + "\n\n".join(PAYLOADS[:5])})
     desk.mock.observations = deltas
     desk.ask("observed")
     settle(desk)
