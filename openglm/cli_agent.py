@@ -31,19 +31,19 @@ from openglm.agent.events import (
     Said,
     Thought,
 )
+from openglm.cli_agent_options import agent_config, agent_options, wants_agent
 from openglm.cli_chat import Chat, chat_partner, interruptible
 from openglm.cli_chat_commands import Stats
 from openglm.cli_chat_input import state_folder
 from openglm.cli_chat_view import notice, shortened
 from openglm.cli_options import Parser, answer_limits, clean, common_options, sampling
+from openglm.cli_tools import toolbox_config
 from openglm.types import ChatBackend, Message, ToolCall
 
 if TYPE_CHECKING:
-    from openglm.agent.toolbox import Toolbox, ToolboxConfig
+    from openglm.agent.toolbox import Toolbox
 
-__all__ = [
-    "AgentChat", "AgentThread", "agent_config", "chat", "chat_options", "tool_options", "toolbox_config",
-]  # fmt: skip
+__all__ = ["AgentChat", "AgentThread", "chat", "chat_options"]
 
 T = TypeVar("T")
 STOPS = {
@@ -53,29 +53,9 @@ STOPS = {
 }  # fmt: skip
 
 
-# -------------------------------------------------------------------- options
-
-
-def tool_options(p: Parser | argparse._ArgumentGroup) -> None:
-    """Which tools there are; for `chat`, `serve` and `tools`."""
-    p.add_argument("--tools", action="append", default=[], metavar="PATH",
-                   help="functions of yours: Python file or folder, OpenAPI document; may be given again")  # fmt: skip
-    p.add_argument("--unsafe-python", action="store_true",
-                   help="run the model's code without a sandbox, with all your rights")  # fmt: skip
-
-
 def chat_options(p: Parser) -> None:
     cli_chat.chat_options(p)
-    g = p.add_argument_group("tools")
-    g.add_argument("--all-tools", action="store_true",
-                   help="the model decides when to use Python, the web browser, pictures")  # fmt: skip
-    tool_options(g)
-    g.add_argument("--approval", action="append", default=[], metavar="TOOL=RULE",
-                   help="ask, always or never; * for all others (python without a sandbox: ask)")  # fmt: skip
-    g.add_argument("--rounds", type=int, metavar="N", help="answers of the model to one question, calls included")
-    g.add_argument("--plan", action="store_true", help="let the model write a plan first")
-    g.add_argument("--trace", metavar="DIR", help="a JSONL file for each question (default: in the state folder; "
-                   "'none' for none)")  # fmt: skip
+    agent_options(p)
     common_options(p, json_output=False)
 
 
@@ -83,41 +63,17 @@ def chat(o: argparse.Namespace) -> int:
     """`openglm chat`, with an agent where tools are asked for."""
     system, params = clean(o.system) if o.system else None, sampling(o) | answer_limits(o)
     if not wants_agent(o):
+        if o.image_model:
+            raise ValueError("--image-model goes with --all-tools")
         backend, name, context = chat_partner(o)
         return Chat(backend, name, context, system, params, remote=o.url is not None).run()
     from openglm.agent.toolbox import Toolbox
 
     config = agent_config(o)
     backend, name, context = chat_partner(o)
-    toolbox = Toolbox(toolbox_config(o, getattr(backend, "builtin_tools", frozenset())))
+    builtin: frozenset[str] = getattr(backend, "builtin_tools", frozenset())
+    toolbox = Toolbox(dataclasses.replace(toolbox_config(o, o.all_tools), builtin=builtin))
     return AgentChat(backend, name, context, system, params, toolbox, config, trace_folder(o.trace)).run()
-
-
-def wants_agent(o: argparse.Namespace) -> bool:
-    on = bool(o.all_tools or o.tools)
-    for option, value in (("--approval", o.approval), ("--rounds", o.rounds), ("--plan", o.plan), ("--trace", o.trace),
-                          ("--unsafe-python", o.unsafe_python)):  # fmt: skip
-        if value and not on:
-            raise ValueError(f"{option} goes with --all-tools or --tools")
-    return on
-
-
-def agent_config(o: argparse.Namespace) -> AgentConfig:
-    rules: dict[str, Any] = {"python": "ask"} if o.unsafe_python else {}
-    for rule in o.approval:
-        name, equals, policy = rule.rpartition("=")
-        if not equals or not name:
-            raise ValueError(f"--approval takes a tool and a rule, such as python=ask, not {rule!r}")
-        rules[name] = policy
-    given = {} if o.rounds is None else {"n_rounds": o.rounds}
-    return AgentConfig(approval=rules, plan=o.plan, **given)
-
-
-def toolbox_config(o: argparse.Namespace, builtin: frozenset[str]) -> ToolboxConfig:
-    """builtin: tools that the model knows without a schema."""
-    from openglm.agent.toolbox import ToolboxConfig
-
-    return ToolboxConfig(python=o.all_tools, unsafe_python=o.unsafe_python, tools=tuple(o.tools))
 
 
 # -------------------------------------------------------------------- asyncio in a thread

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from openglm.cli_agent_options import agent_config, agent_options, wants_agent
 from openglm.cli_options import Parser, common_options, load_model, model_option, place_options
+from openglm.cli_tools import toolbox_config
 
 if TYPE_CHECKING:
     from openglm.server.config import ServeConfig
@@ -49,8 +51,7 @@ def serve_options(p: Parser) -> None:
     p.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="web origin that may call; * for all")
     p.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="further name of this server")
     p.add_argument("--grace", type=float, default=60.0, metavar="S", help="seconds for running answers at the end")
-    p.add_argument("--image-model", metavar="PATH_OR_URL",
-                   help="draws pictures: folder of a diffusers pipeline, or address of an images endpoint")  # fmt: skip
+    agent_options(p)
     place_options(p)
     common_options(p, json_output=False)
 
@@ -88,7 +89,15 @@ def _config(o: argparse.Namespace) -> ServeConfig:
         max_body_bytes=o.max_body_mb << 20, max_tokens=o.max_tokens, cors_origins=tuple(o.cors),
         allowed_hosts=tuple(o.allow_host), grace_s=o.grace,
         engine=EngineOptions(n_parallel=o.parallel, pool_tokens=o.pool_tokens, kv_dtype=o.kv_dtype),
+        **_agent_settings(o),
     )  # fmt: skip
+
+
+def _agent_settings(o: argparse.Namespace) -> dict[str, Any]:
+    if not wants_agent(o):
+        return {}
+    trace_dir = None if o.trace in (None, "none") else Path(o.trace)
+    return {"toolbox": toolbox_config(o, o.all_tools), "agent": agent_config(o), "trace_dir": trace_dir}
 
 
 def _name_of(reference: str | None) -> str:

@@ -28,28 +28,39 @@ __all__ = [
 KEYS_VARIABLE = "OPENGLM_API_KEY"
 
 
-def toolbox_options(p: argparse.ArgumentParser) -> None:
+def toolbox_options(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Which tools there are; `toolbox_config` reads them."""
     p.add_argument("--tools", action="append", default=[], metavar="FILE|DIR|URL",
                    help="Python functions, a folder of them, or an OpenAPI document; may be given again")  # fmt: skip
     p.add_argument("--mcp", action="append", default=[], metavar="COMMAND|URL|FILE",
                    help='an MCP server, or a .json file with "mcpServers"; may be given again')  # fmt: skip
+    p.add_argument("--search-in", action="append", default=[], metavar="DIR",
+                   help="documents that the browser searches first; may be given again")  # fmt: skip
+    p.add_argument("--allow-address", action="append", default=[], metavar="HOST|NETWORK",
+                   help="private address that the browser may open, such as 10.0.0.0/8")  # fmt: skip
+    p.add_argument("--image-model", metavar="PATH_OR_URL",
+                   help="draws pictures: folder of a diffusers pipeline, or address of an images endpoint")  # fmt: skip
     p.add_argument("--no-python", action="store_true", help="without the Python tool")
+    p.add_argument("--no-browser", action="store_true", help="without the web browser")
     p.add_argument("--unsafe-python", action="store_true",
                    help="run the model's Python code WITHOUT ISOLATION, with all your rights")  # fmt: skip
 
 
-def toolbox_config(o: argparse.Namespace) -> ToolboxConfig:
-    """ValueError for MCP servers that are named wrongly."""
+def toolbox_config(o: argparse.Namespace, builtin: bool = True) -> ToolboxConfig:
+    """builtin: with the tools that come with the package. ValueError for what is named wrongly."""
+    from openglm.agent.browser.config import BrowserConfig, Folder
     from openglm.agent.toolbox import ToolboxConfig
     from openglm.agent.tools.mcp_config import parse_servers
 
     if o.no_python and o.unsafe_python:
         raise ValueError("--no-python and --unsafe-python contradict each other: give one")
     servers = tuple(server for text in o.mcp for server in parse_servers(text))
+    browser = BrowserConfig(folders=tuple(map(Folder, o.search_in)), allow=tuple(o.allow_address))
     return ToolboxConfig(
-        python=not o.no_python, unsafe_python=o.unsafe_python, tools=tuple(o.tools), mcp_servers=servers
-    )
+        python=builtin and not o.no_python, unsafe_python=o.unsafe_python,
+        browser=browser if builtin and not o.no_browser else False,
+        images=(o.image_model or True) if builtin else False, tools=tuple(o.tools), mcp_servers=servers,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------- tools
@@ -66,7 +77,7 @@ def tools_value(o: argparse.Namespace) -> dict[str, Any]:
     box = Toolbox(toolbox_config(o))
     try:
         schemas = {tool.spec.name: {"parameters": dict(tool.spec.parameters)} for tool in box.tools}
-        return {"tools": [row._asdict() | (schemas[row.name] if row.ready else {}) for row in box.rows()]}
+        return {"tools": [row._asdict() | schemas.get(row.name, {}) for row in box.rows()]}
     finally:
         asyncio.run(box.close())
 

@@ -21,12 +21,15 @@ SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --repetition-
 LIMITS = ["--stop", "--json-schema", "--regex"]
 PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
+TOOLS = ["--tools", "--mcp", "--search-in", "--allow-address", "--image-model", "--no-python",
+         "--no-browser", "--unsafe-python"]
+AGENT = ["--all-tools", *TOOLS, "--approval", "--rounds", "--plan", "--trace"]
 SURFACE = {
     "chat": ["model", "--adapter", "--url", "--model", "--api-key", "--system", *LIMITS, *SAMPLING, *PLACE,
-             "--all-tools", "--tools", "--unsafe-python", "--approval", "--rounds", "--plan", "--trace"],
+             *AGENT],
     "serve": ["model", "--adapter", "--host", "--port", "--api-key", "--api-key-file", "--name",
               "--requests-per-minute", "--concurrency", "--parallel", "--max-queue", "--max-tokens", "--max-body-mb",
-              "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", "--image-model", *PLACE],
+              "--pool-tokens", "--kv-dtype", "--cors", "--allow-host", "--grace", *AGENT, *PLACE],
     "replay": ["traces", "--example", "--quiet"],
     "generate": ["model", "--adapter", "--prompt", "--tokens", *LIMITS, *SAMPLING, *PLACE, "--json"],
     "fill": ["model", "--adapter", "--prompt", "--beams", "--length-penalty", "--no-repeat-ngram", "--min-new-tokens",
@@ -49,8 +52,8 @@ SURFACE = {
     "convert": ["source", "target", "--format", "--quantize", "--group", "--symmetric", "--method", "--calibration",
                 "--embeddings", "--head", "--quantize-embeddings", "--dtype", "--tp", "--adapter", "--report", "--text",
                 "--json"],
-    "tools": ["--tools", "--mcp", "--no-python", "--unsafe-python", "--json"],
-    "mcp": ["--tools", "--mcp", "--no-python", "--unsafe-python", "--http", "--host", "--api-key"],
+    "tools": [*TOOLS, "--json"],
+    "mcp": [*TOOLS, "--http", "--host", "--api-key"],
     "doctor": ["--json"],
 }  # fmt: skip
 

@@ -34,11 +34,30 @@ def run(code: str, box: Toolbox) -> Observation:
 def test_python_is_isolated_or_missing_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "no isolation on this machine"
     monkeypatch.setattr(PythonTool, "why_not", staticmethod(lambda config=None: reason))
-    box = Toolbox()
+    box = Toolbox(ToolboxConfig(browser=False))
     assert box.tools == [] and "python" in [m.name for m in box.missing]
     row = box.rows()[0]
     assert not row.ready and reason in row.note and "--unsafe-python" in row.note
     assert Toolbox(ToolboxConfig(python=False, images=False)).missing == []
+
+
+def test_the_browser_is_one_tool_or_several_and_tells_of_its_back_ends() -> None:
+    parts = {"python": False, "images": False}
+    box = Toolbox(ToolboxConfig(**parts))  # type: ignore[arg-type]
+    assert [tool.spec.name for tool in box.tools][:2] == ["search", "open_page"]
+    backends = {row.name: row for row in box.rows() if row.name.startswith("search by ")}
+    assert not backends["search by brave"].ready and "BRAVE" in backends["search by brave"].note
+    native = Toolbox(ToolboxConfig(builtin=frozenset({"simple_browser"}), **parts))  # type: ignore[arg-type]
+    assert [tool.spec.name for tool in native.tools] == ["simple_browser"]
+    run_end(box)
+
+
+def run_end(box: Toolbox) -> None:
+    """What the tools share is closed once, and refuses further calls."""
+    browser = box.tools[0].state  # type: ignore[attr-defined]
+    asyncio.run(box.close())
+    with pytest.raises(ValueError, match="closed"):
+        browser.session("x")
 
 
 @pytest.mark.skipif(bool(Bubblewrap().why_not()), reason="no sandbox here")
@@ -115,7 +134,7 @@ def test_the_list_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["tools", "--tools", "nowhere.py"], "no file or folder nowhere.py"),
         (["tools", "--mcp", "nowhere.json"], "no file nowhere.json with MCP servers"),
         (["tools", "--no-python", "--unsafe-python"], "contradict each other"),
-        (["mcp", "--no-python"], "there is no tool to offer"),
+        (["mcp", "--no-python", "--no-browser"], "there is no tool to offer"),
         (["mcp", "--http", "70000"], "--http must be a port of 0 to 65535"),
         (["mcp", "--no-python", "--tools", "add.py", "--http", "0", "--host", "0.0.0.0"], "give --api-key"),
     ],

@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from openglm.agent.dispatch import Approve, Dispatcher, argument_error
+from openglm.agent.dispatch import Approve, Dispatcher, argument_error, holders
 from openglm.agent.events import (
     AgentConfig,
     AgentEvent,
@@ -37,7 +37,7 @@ from openglm.agent.http_backend import stream_async
 from openglm.agent.prompts import LAST_CALL, PLAN_REQUEST, REPAIR_REQUEST, TIME_IS_UP, language_of, system_text
 from openglm.agent.salvage import asks_for_code
 from openglm.agent.turn import Turn
-from openglm.types import ChatBackend, Event, Grammar, Message, StatefulTool, Tool, ToolCall, ToolSpec, Usage
+from openglm.types import ChatBackend, Event, Grammar, Message, Tool, ToolCall, ToolSpec, Usage
 
 if TYPE_CHECKING:
     from openglm.agent.trace import TraceWriter
@@ -123,15 +123,13 @@ class Agent:
 
     async def end(self, conversation: str) -> None:
         """Let go of what the tools hold for a conversation."""
-        for tool in self.tools:
-            if isinstance(tool, StatefulTool):
-                await tool.end(conversation)
+        for holder in holders(self.tools):
+            await holder.end(conversation)
 
     async def close(self) -> None:
         """Let go of everything that the tools hold."""
-        for tool in self.tools:
-            if isinstance(tool, StatefulTool):
-                await tool.close()
+        for holder in holders(self.tools):
+            await holder.close()
 
 
 def _unrecorded(answer: Answered) -> None:

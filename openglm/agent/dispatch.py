@@ -10,7 +10,7 @@ import inspect
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from openglm.agent.events import AgentConfig, AgentEvent, Asked, CallRecord, Obs
 from openglm.agent.schema import schema_error
 from openglm.types import Observation, StatefulTool, Tool, ToolCall, ToolContext, ToolSpec
 
-__all__ = ["Approve", "Dispatcher", "READ_RESULT", "argument_error"]
+__all__ = ["Approve", "Dispatcher", "READ_RESULT", "argument_error", "holders"]
 
 Approve = Callable[[ToolCall], Awaitable[bool] | bool]
 GRACE_S = 15.0  # beyond the time of a call for a tool that ends its work itself
@@ -40,6 +40,12 @@ def argument_error(call: ToolCall, spec: ToolSpec) -> str | None:
     except (ValueError, RecursionError):
         return f"the arguments of {call.name} are not JSON"
     return schema_error(spec, arguments)
+
+
+def holders(tools: Iterable[Tool]) -> list[StatefulTool]:
+    """What keeps the state of these tools, each once: the tool itself, or what it shares with others."""
+    found = {id(holder): holder for holder in (getattr(tool, "state", None) or tool for tool in tools)}
+    return [holder for holder in found.values() if isinstance(holder, StatefulTool)]
 
 
 class Dispatcher:

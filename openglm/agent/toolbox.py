@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from openglm.agent.browser.config import BrowserConfig
+from openglm.agent.dispatch import holders
 from openglm.agent.images import ImageBackend, ImageUnavailable
 from openglm.agent.images_open import open_images
 from openglm.agent.sandbox_config import SandboxConfig
 from openglm.agent.tools.mcp_config import MCPServerConfig
-from openglm.types import StatefulTool, Tool
+from openglm.types import Tool
 
 __all__ = ["BUILTIN", "Missing", "Row", "Toolbox", "ToolboxConfig"]
 
@@ -30,7 +32,8 @@ class ToolboxConfig:
     this user. folder: keeps the files of conversations (None: they go with the toolbox). tools: Python files, folders
     of them, OpenAPI documents (see tools/load.py). mcp_servers: see tools/mcp_config.py, whose `parse_servers` reads
     what a user names. images: what draws pictures, a folder or an address as `open_images` takes it; True for what
-    OPENGLM_IMAGE_MODEL says.
+    OPENGLM_IMAGE_MODEL says. browser: True for its defaults. builtin: tools that the model knows without a schema
+    (`ChatFormat.builtin_tools`); for it the browser is one tool, for others a function for each thing to do.
     """
 
     python: bool | SandboxConfig = True
@@ -39,6 +42,8 @@ class ToolboxConfig:
     tools: tuple[str | Path, ...] = ()
     mcp_servers: tuple[MCPServerConfig, ...] = ()
     images: bool | str | ImageBackend = True
+    browser: bool | BrowserConfig = True
+    builtin: frozenset[str] = frozenset()
 
 
 class Row(NamedTuple):
@@ -85,7 +90,19 @@ def _images(config: ToolboxConfig) -> Tool | Missing | None:
         return Missing("cogview", error.why, error.remedy)
 
 
-BUILTIN: tuple[Callable[[ToolboxConfig], Tool | Missing | None], ...] = (_python, _images)
+def _browser(config: ToolboxConfig) -> list[Tool] | Missing | None:
+    if config.browser is False:
+        return None
+    from openglm.agent.tools.browser import Browser
+
+    browser = BrowserConfig() if config.browser is True else config.browser
+    if why := Browser.why_not(browser):
+        return Missing("simple_browser", why, "pip install 'openglm[agent]'")
+    return Browser(browser).tools(native="simple_browser" in config.builtin)
+
+
+Made = Tool | list[Tool] | Missing | None
+BUILTIN: tuple[Callable[[ToolboxConfig], Made], ...] = (_python, _browser, _images)
 
 
 class Toolbox:
@@ -107,6 +124,8 @@ class Toolbox:
             made = make(self.config)
             if isinstance(made, Missing):
                 self.missing.append(made)
+            elif isinstance(made, list):
+                self.tools += made
             elif made is not None:
                 self.tools.append(made)
         if own:
@@ -122,23 +141,26 @@ class Toolbox:
     def rows(self) -> list[Row]:
         """The list for people: tools that are ready, then the others."""
         ready = [Row(t.spec.name, t.spec.description, True, getattr(t, "note", "")) for t in self.tools]
-        return ready + [Row(m.name, "", False, f"{m.why} ({m.remedy})") for m in self.missing]
+        parts = [
+            Row(f"search by {part.name}" if part.name != "javascript" else part.name, "", part.ready, part.why)
+            for holder in holders(self.tools)
+            for part in getattr(holder, "readiness", list)()
+        ]
+        return ready + parts + [Row(m.name, "", False, f"{m.why} ({m.remedy})") for m in self.missing]
 
     async def end(self, conversation: str) -> None:
         """Let go of what the tools hold for one conversation."""
-        for tool in self.tools:
-            if isinstance(tool, StatefulTool):
-                await tool.end(conversation)
+        for holder in holders(self.tools):
+            await holder.end(conversation)
 
     async def close(self) -> None:
         """Let go of all processes, connections and files; an error of one tool does not keep the others."""
         failed: list[Exception] = []
-        for tool in self.tools:
-            if isinstance(tool, StatefulTool):
-                try:
-                    await tool.close()
-                except Exception as error:
-                    failed.append(error)
+        for holder in holders(self.tools):
+            try:
+                await holder.close()
+            except Exception as error:
+                failed.append(error)
         if failed:
             raise failed[0]
 

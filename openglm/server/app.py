@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openglm import __version__
 from openglm.server import (
-    chat_api,
+    agent_api,
     completions_api,
     embeddings_api,
     fill_api,
@@ -33,6 +33,7 @@ from openglm.server import (
     text_api,
 )
 from openglm.server.errors import ApiError, add_handlers
+from openglm.server.files import add_files
 from openglm.server.limits import HostCheck, Lease, read_body
 from openglm.server.metrics import CONTENT_TYPE
 from openglm.server.protocol import ChatRequest, CompletionRequest, Model
@@ -46,7 +47,7 @@ __all__ = ["create_app"]
 Handler = Callable[[Service, Request, bytes, Lease], Awaitable[Response]]
 # (path, handler, model of the body, whether it makes the model work)
 POSTS: tuple[tuple[str, Handler, type[Model]], ...] = (
-    ("/v1/chat/completions", chat_api.chat_completions, ChatRequest),
+    ("/v1/chat/completions", agent_api.chat_completions, ChatRequest),
     ("/v1/responses", responses_api.responses, ResponsesRequest),
     ("/v1/completions", completions_api.completions, CompletionRequest),
     ("/v1/embeddings", embeddings_api.embeddings, embeddings_api.EmbeddingsRequest),
@@ -54,6 +55,7 @@ POSTS: tuple[tuple[str, Handler, type[Model]], ...] = (
     ("/v1/messages", messages_api.messages, messages_api.MessagesRequest),
     ("/v1/messages/count_tokens", messages_api.count_tokens, messages_api.CountRequest),
     ("/fill", fill_api.fill, fill_api.FillRequest),
+    ("/v1/agent/approvals", agent_api.approvals, agent_api.ApprovalRequest),
     ("/tokenize", text_api.tokenize, text_api.TokenizeRequest),
     ("/detokenize", text_api.detokenize, text_api.DetokenizeRequest),
     ("/render", text_api.render, text_api.RenderRequest),
@@ -77,6 +79,7 @@ def create_app(service: Service, web: Path | None = WEB) -> FastAPI:
     for path, handler, kind in POSTS:
         _add_post(app, service, path, handler, kind)
     _add_gets(app, service)
+    add_files(app, service.files, service.gate.identify, ERRORS)
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     if web is not None and (web / "index.html").is_file():
         app.mount("/", Page(web), name="page")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -26,34 +26,33 @@ from openglm.server.events import (
     fold,
 )
 from openglm.server.limits import Lease
-from openglm.server.protocol import ChatRequest, RequestMessage, Sampling, Tool, load_json, parse
+from openglm.server.protocol import ChatRequest, RequestMessage, Sampling, Tool
 from openglm.server.service import ChatTask, Service
 from openglm.server.sse import DONE, EventStream, sse, while_connected
-from openglm.server.worker import Job, Outlet
+from openglm.server.worker import Job
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
-    "chat_completions", "chat_task", "client_name", "logprobs_of", "sampling_of", "stops_of", "stream_error",
-    "timings_of", "to_messages", "usage_of",
+    "ChatShape", "chat_task", "client_name", "logprobs_of", "plain_completions", "sampling_of", "stops_of",
+    "stream_error", "timings_of", "to_messages", "usage_of",
 ]  # fmt: skip
 
 
-async def chat_completions(service: Service, request: Request, body: bytes, lease: Lease) -> Response:
-    asked = parse(ChatRequest, load_json(body))
-    service.check_name(asked.model)
+async def plain_completions(service: Service, request: Request, asked: ChatRequest, lease: Lease) -> Response:
+    """The model's answer; tools are the client's."""
     task = chat_task(asked)
     prompt = await asyncio.to_thread(service.chat_prompt, task)
     outlet, jobs = await service.submit([(prompt, task.n)], client_name(lease, asked.user))
     shape = ChatShape(service.name, task.n_top is not None)
     if asked.stream:
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        chunks = shape.stream(outlet, jobs, include_usage)
+        chunks = shape.stream(outlet.batches(), len(jobs), (lambda: spent(jobs)) if include_usage else None)
         return EventStream(chunks, stream_error, service.config.stall_s, lambda: service.cancel(jobs))
     try:
         lists = await while_connected(request, outlet.all(len(jobs)))
     finally:
         service.cancel(jobs)
-    return JSONResponse(shape.whole([fold(events) for events in lists], jobs))
+    return JSONResponse(shape.whole([fold(events) for events in lists], spent(jobs)))
 
 
 def client_name(lease: Lease, user: str | None) -> str:
@@ -95,7 +94,8 @@ def chat_task(asked: ChatRequest) -> ChatTask:
     sampling["max_new_tokens"] = next(iter(limits), None)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ())]
+    functions = [tool for tool in asked.tools or () if isinstance(tool, Tool)]
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(functions)]
     names = [tool.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -109,7 +109,7 @@ def chat_task(asked: ChatRequest) -> ChatTask:
         n_top=(asked.top_logprobs or 0) if asked.logprobs else None,
         choice=_choice(asked, names),
         parallel=asked.parallel_tool_calls is not False,
-        strict=frozenset(tool.function.name for tool in asked.tools or () if tool.function.strict),
+        strict=frozenset(tool.function.name for tool in functions if tool.function.strict),
         response=_response(asked),
     )
 
@@ -206,6 +206,10 @@ def timings_of(jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
+def spent(jobs: Sequence[Job]) -> dict[str, Any]:
+    return {"usage": usage_of(jobs), "timings": timings_of(jobs)}
+
+
 class ChatShape:
     """Renders event lists as OpenAI's objects. logprobs: whether they were asked for."""
 
@@ -218,9 +222,10 @@ class ChatShape:
 
     # ---------------------------------------------------------------- whole
 
-    def whole(self, answers: Sequence[Folded], jobs: Sequence[Job]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Folded], last: Mapping[str, Any]) -> dict[str, Any]:
+        """last: usage and timings."""
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
-        return self._object("chat.completion", choices) | {"usage": usage_of(jobs), "timings": timings_of(jobs)}
+        return self._object("chat.completion", choices) | dict(last)
 
     def _choice(self, index: int, answer: Folded) -> dict[str, Any]:
         assert answer.finish is not None
@@ -234,24 +239,24 @@ class ChatShape:
                 for c in answer.calls
             ]
         if answer.observations:
-            message["observations"] = [_observation(o) for o in answer.observations]
+            message["observations"] = [o.as_dict() for o in answer.observations]
         logprobs = {"content": logprobs_of(answer.tokens), "refusal": None} if self._logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish.reason}
 
     # ---------------------------------------------------------------- streamed
 
-    async def stream(self, outlet: Outlet, jobs: Sequence[Job], include_usage: bool) -> AsyncIterator[bytes]:
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        begun: list[bytes] = []
-        for job in jobs:
-            delta = {"role": "assistant", "content": ""}
-            begun.append(self._chunk(job.index, delta, None, None, usage))
-        yield b"".join(begun)
-        async for batch in outlet.batches():
+    async def stream(
+        self, batches: AsyncIterator[list[tuple[int, AnswerEvent]]], n: int,
+        last: Callable[[], Mapping[str, Any]] | None,
+    ) -> AsyncIterator[bytes]:  # fmt: skip
+        """Chunks of n answers. last: gives usage and timings at the end, where they were asked for."""
+        usage: dict[str, Any] = {} if last is None else {"usage": None}
+        delta = {"role": "assistant", "content": ""}
+        yield b"".join(self._chunk(index, delta, None, None, usage) for index in range(n))
+        async for batch in batches:
             yield b"".join(self._event(index, event, usage) for index, event in batch)
-        if include_usage:
-            last = {"usage": usage_of(jobs), "timings": timings_of(jobs)}
-            yield sse(self._object("chat.completion.chunk", []) | last)
+        if last is not None:
+            yield sse(self._object("chat.completion.chunk", []) | dict(last()))
         yield DONE
 
     def _chunk(
@@ -277,14 +282,9 @@ class ChatShape:
                 call = {"index": event.index, "function": {"arguments": event.text}}
                 return self._chunk(index, {"tool_calls": [call]}, None, None, usage)
             case Observation():
-                return self._chunk(index, {"observations": [_observation(event)]}, None, None, usage)
+                return self._chunk(index, {"observations": [event.as_dict()]}, None, None, usage)
             case Finish():
                 return self._chunk(index, {}, event.reason, None, usage)
-
-
-def _observation(o: Observation) -> dict[str, Any]:
-    return {"id": o.id, "name": o.name, "content": o.content, "status": o.status, "seconds": o.seconds,
-            "files": list(o.files)}  # fmt: skip
 
 
 def logprobs_of(tokens: Sequence[TokenInfo]) -> list[dict[str, Any]]:

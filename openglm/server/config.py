@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from openglm.agent.events import AgentConfig
+from openglm.agent.toolbox import ToolboxConfig
 from openglm.engine.options import EngineOptions
 
 __all__ = ["ServeConfig"]
@@ -22,7 +25,9 @@ class ServeConfig:
     context leaves. cors_origins: web pages of other origins that may call; "*": all. allowed_hosts: names under which
     an open server on this machine may be called, besides its own (so that no web page reaches it by a name of its
     own). grace_s: how long running answers may take when the server stops. stall_s: a reader that takes nothing for so
-    long is dropped. max_image_queue: requests for pictures that may wait while one is drawn.
+    long is dropped. max_image_queue: requests for pictures that may wait while one is drawn. toolbox: the tools that
+    the server runs itself; None: none. agent: their limits and rules. trace_dir: gets a trace of each request that uses
+    them.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +44,9 @@ class ServeConfig:
     stall_s: float = 60.0
     max_image_queue: int = 8
     engine: EngineOptions = field(default_factory=EngineOptions)
+    toolbox: ToolboxConfig | None = None
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    trace_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "concurrency", "max_queue", "max_image_queue"):

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from openglm.engine.request import NO_TOKEN, Step
 from openglm.formats.matcher import StopText
@@ -70,14 +70,24 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a tool gave back, where the server runs the tools itself."""
+    """News of a call, where the server runs the tools itself; see docs/SERVING.md. None: nothing new of it.
+
+    The last one of a call has content and seconds.
+    """
 
     id: str
     name: str
-    content: str
     status: str
-    seconds: float
-    files: tuple[str, ...] = ()
+    arguments: str | None = None
+    output: str | None = None
+    content: str | None = None
+    seconds: float | None = None
+    files: tuple[Mapping[str, Any], ...] | None = None
+    data: Mapping[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {**found, "files": list(self.files)} if self.files is not None else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +261,7 @@ class FoldedCall:
 
 @dataclass
 class Folded:
-    """An answer as a whole."""
+    """An answer as a whole. observations: the last one of each call, with its arguments."""
 
     text: str = ""
     reasoning: str = ""
@@ -264,6 +274,7 @@ class Folded:
 def fold(events: Iterable[AnswerEvent]) -> Folded:
     """The answer that these events tell."""
     whole = Folded()
+    arguments: dict[str, str | None] = {}  # of calls that the server makes
     text: list[str] = []
     reasoning: list[str] = []
     for event in events:
@@ -278,7 +289,9 @@ def fold(events: Iterable[AnswerEvent]) -> Folded:
             case CallArguments():
                 whole.calls[event.index].arguments += event.text
             case Observation():
-                whole.observations.append(event)
+                arguments.setdefault(event.id, event.arguments)
+                if event.content is not None:
+                    whole.observations.append(replace(event, arguments=arguments[event.id]))
             case Finish():
                 whole.finish = event
     whole.text, whole.reasoning = "".join(text), "".join(reasoning)

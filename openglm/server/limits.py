@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from openglm.server.config import LOOPBACK_NAMES, ServeConfig
 from openglm.server.errors import ApiError, error_response
 
-__all__ = ["Gate", "HostCheck", "Lease", "Turns", "read_body"]
+__all__ = ["Gate", "HostCheck", "Lease", "Turns", "read_body", "read_bytes"]
 
 _BODY_S = 60.0  # a request's body must be here by then
 _MAX_CALLERS = 4096  # whose rates are remembered
@@ -139,6 +139,11 @@ async def read_body(request: Request, limit: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError("the body must be JSON, with the header Content-Type: application/json", None, 415)
+    return await read_bytes(request, limit)
+
+
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """The body, whatever it is; 413 for one of more than `limit` bytes, 408 for one that does not come."""
     too_large = ApiError(f"the body is larger than {limit} bytes", None, 413, "request_too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and (len(length) > 18 or int(length) > limit):

@@ -17,7 +17,7 @@ from openglm.server.errors import ApiError
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "Count", "FunctionChoice", "Model", "Name", "Part", "RequestMessage",
-    "Sampling", "Stop", "TokenId", "Tool", "ToolChoice", "load_json", "param_of", "parse",
+    "Sampling", "ServerTool", "Stop", "TokenId", "Tool", "ToolChoice", "load_json", "param_of", "parse",
 ]  # fmt: skip
 
 _MAX_DEPTH = 96  # of nested JSON
@@ -31,6 +31,7 @@ class Model(BaseModel):
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+Conversation = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -107,6 +108,18 @@ class Tool(Model):
     function: Function
 
 
+class ServerTool(Model):
+    """Tools that the server runs itself: all it has, or those of one kind. approval: overrides the server's rule."""
+
+    type: Literal[
+        "all_tools", "python", "code_interpreter", "simple_browser", "web_browser", "cogview", "drawing_tool"
+    ]
+    approval: Literal["ask", "always", "never"] | None = None
+
+
+AnyTool = Annotated[Tool | ServerTool, Field(discriminator="type")]
+
+
 class FunctionName(Model):
     name: str
 
@@ -139,7 +152,11 @@ class ChatRequest(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=128)] | None = None
+    conversation: Conversation | None = Field(None, description="Keeps the state of the server's tools.")
+    files: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=32)] | None = Field(
+        None, description="Uploaded files, for the server's tools."
+    )
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openglm.agent.images import ImageBackend
 from openglm.chat import ChatModel
@@ -21,11 +21,16 @@ from openglm.formats.base import BaseFormat
 from openglm.server.config import ServeConfig
 from openglm.server.errors import ApiError
 from openglm.server.events import Answer, PlainReader, Reader, TokenSpelling
+from openglm.server.files import FileStore
 from openglm.server.limits import Gate, Turns
 from openglm.server.metrics import Metrics
 from openglm.server.tool_grammar import call_grammar
 from openglm.server.worker import Job, Outlet, Worker
 from openglm.types import Grammar, Message, SamplingParams, ToolSpec
+
+if TYPE_CHECKING:
+    from openglm.agent.toolbox import ToolboxConfig
+    from openglm.server.agents import Agents
 
 __all__ = ["ChatTask", "Prompt", "Service", "load_engine"]
 
@@ -90,6 +95,8 @@ class Service:
         self.created = int(time.time())
         self._source, self._on_failure = model, on_failure
         self._ready = asyncio.Event()
+        self.files = FileStore()
+        self.agents: Agents | None = None  # where the server runs tools
         self.on_ready: Callable[[], None] = lambda: None
         self.n_at_stop = self.n_cut = 0  # answers that ran when the server was told to stop; those it cut off
         self._model: ChatModel | None = None
@@ -103,6 +110,8 @@ class Service:
             source = self._source
             model = source if isinstance(source, ChatModel) else await asyncio.to_thread(source)
             self._model = model
+            if self.config.toolbox is not None:
+                self.agents = await asyncio.to_thread(self._make_agents, self.config.toolbox)
             self._worker = Worker(model.engine, self._take_stats)
             self._worker.start(asyncio.get_running_loop())
             if self.state == "loading":
@@ -112,6 +121,15 @@ class Service:
             self.state = "failed"
             self._on_failure(error)
         self._ready.set()
+
+    def _make_agents(self, config: ToolboxConfig) -> Agents:
+        """ValueError for tools that were named and cannot be used."""
+        from openglm.agent.toolbox import Toolbox
+        from openglm.server.agents import Agents
+
+        images = config.images if self.images is None else self.images
+        toolbox = Toolbox(dataclasses.replace(config, builtin=self.model.builtin_tools, images=images))
+        return Agents(toolbox, self.config.agent, self.files, self.config.trace_dir, self.name)
 
     def _take_stats(self, stats: dict[str, Any]) -> None:
         self.metrics.stats = stats
@@ -127,6 +145,8 @@ class Service:
         self.announce_stop()
         if self.images is not None:
             await self.images.close()
+        if self.agents is not None:
+            await self.agents.close()
         if self._worker is None:
             return
         cut = list(self._worker.live)

@@ -102,6 +102,8 @@ def describe(service: Service) -> dict[str, Any]:
         "thinks": chat_format is not None and chat_format.thinks_always,
         "images": service.images is not None,
         "tools": chat_format is not None and chat_format.call_style is not None,
+        "all_tools": service.agents is not None,
+        "server_tools": [] if service.agents is None else service.agents.names,
         "defaults": dict(model.meta.generation),
     }
 

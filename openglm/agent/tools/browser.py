@@ -260,6 +260,8 @@ def _whole(value: Any, name: str) -> int:
 class FunctionTool:
     """One thing that the browser can do, as a function of its own."""
 
+    group = "simple_browser"
+
     def __init__(self, browser: Browser, name: str, description: str, schema: dict[str, Any], action: Action) -> None:
         self.browser, self.action = browser, action
         self.state = browser  # calls of one turn run in order: they go on from the page that is open
@@ -285,9 +287,10 @@ class NativeTool:
     """GLM-4's `simple_browser`: its body is one call or several, such as search("...") or mclick([0, 3])."""
 
     spec = ToolSpec.of_builtin("simple_browser")
+    group = "simple_browser"
 
     def __init__(self, browser: Browser) -> None:
-        self.browser = browser
+        self.browser = self.state = browser
 
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> Observation:
         code = arguments.get("code")

@@ -87,6 +87,10 @@ class PythonTool:
         except (RuntimeError, SandboxUnavailable) as error:
             return Observation(f"Python could not be run: {error}", error=True)
 
+    async def put(self, conversation: str, name: str, content: bytes) -> None:
+        """Give the code of a conversation a file, by a relative name. ValueError where there is no room."""
+        await asyncio.to_thread(lambda: self.pool.get(conversation).put(name, content))
+
     async def end(self, conversation: str) -> None:
         await asyncio.to_thread(self.pool.end, conversation)
 
