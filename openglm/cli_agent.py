@@ -136,6 +136,7 @@ class AgentChat(Chat):
         self.toolbox, self.config, self._trace_dir = toolbox, config, trace_dir
         self.agents = AgentThread()
         self._allowed: set[str] = set()  # tools that the user allowed for good
+        self._sources: dict[int, Any] = {}  # pages by number, of the whole conversation
         self._waiting: dict[str, asyncio.Future[bool]] = {}  # answers of the user, by call
 
     def run(self) -> int:
@@ -174,7 +175,12 @@ class AgentChat(Chat):
     def _run_agent(self, messages: list[Message]) -> list[Message] | None:
         """What a run adds to the conversation; None where it failed. Stopped by Ctrl-C: what was done so far."""
         agent = Agent(
-            self.backend, self.toolbox.tools, self.config, external=self.conversation.tools, approve=self._approve
+            self.backend,
+            self.toolbox.tools,
+            self.config,
+            external=self.conversation.tools,
+            approve=self._approve,
+            missing=self.toolbox.reasons,
         )
         seen: list[Any] = []
         error, started, stats = None, time.monotonic(), Stats()
@@ -214,6 +220,11 @@ class AgentChat(Chat):
         return list(outcome.messages[_place(outcome.messages, messages[-1]) + 1 :])
 
     def _after(self, outcome: Outcome) -> None:
+        from openglm.agent.browser.citations import footnotes, sources_in
+
+        self._sources |= sources_in(record.observation.data for record in outcome.calls)
+        for source in footnotes(outcome.answer, self._sources).notes:
+            self.view.result(f"source {source.number}", f"{source.title} {source.url}")
         if outcome.stop in STOPS:
             notice(STOPS[outcome.stop])
 

@@ -244,6 +244,9 @@ def test_wrong_calls_of_a_backend_without_grammars() -> None:
 def test_unknown_tool() -> None:
     outcome = outcome_of(Agent(Scripted(call("dubble", n=1), "oh"), [double()]), "go")
     assert outcome.calls[0].observation.content == "There is no tool 'dubble'. There are: double."
+    agent = Agent(Scripted(call("cogview", prompt="x"), "oh"), [double()], missing={"cogview": "no image model is set"})
+    told = outcome_of(agent, "draw").calls[0].observation.content
+    assert told == "cogview cannot be used here: no image model is set. There are: double."
 
 
 def test_external_tools_end_the_run() -> None:

@@ -48,7 +48,8 @@ __all__ = ["Agent"]
 class Agent:
     """tools: what the agent runs itself. external: what the caller runs: a run ends where one of them is called.
 
-    approve: asks the user whether a call may run, where the policy says so. May serve several conversations at once.
+    approve: asks the user whether a call may run, where the policy says so. missing: by name, why tools that a model
+    may know are not there, for models that call them all the same. May serve several conversations at once.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Agent:
         *,
         external: Sequence[ToolSpec] = (),
         approve: Approve | None = None,
+        missing: Mapping[str, str] | None = None,
     ) -> None:
         self.backend, self.tools, self.config = backend, list(tools), config or AgentConfig()
-        self.external, self._approve = list(external), approve
+        self.external, self._approve, self.missing = list(external), approve, dict(missing or {})
         self.builtin: frozenset[str] = getattr(backend, "builtin_tools", frozenset())
         names = [tool.spec.name for tool in self.tools] + [spec.name for spec in self.external]
         for i, name in enumerate(names):
@@ -146,7 +148,9 @@ class _Run:
         self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
         self._messages = messages
-        self._calls = Dispatcher(agent.tools, agent.config, conversation, agent._approve, emit, agent.builtin)
+        self._calls = Dispatcher(
+            agent.tools, agent.config, conversation, agent._approve, emit, agent.builtin, agent.missing
+        )
         self._open: list[ToolCall] = []  # calls without a result yet
         self._pending: tuple[ToolCall, ...] = ()
         self._wrong: dict[str, int] = {}  # calls of a tool in a row whose arguments did not fit

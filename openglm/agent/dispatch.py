@@ -51,13 +51,16 @@ def holders(tools: Iterable[Tool]) -> list[StatefulTool]:
 class Dispatcher:
     """tools: what can be called. approve: asks the user; None: nobody can be asked. emit: told what happens.
 
-    builtin: names of the tools that the model knows without a schema; it is told of all others as functions.
+    builtin: names of the tools that the model knows without a schema; it is told of all others as functions. missing:
+    why other tools are not there, by name.
     """
 
     def __init__(
         self, tools: Sequence[Tool], config: AgentConfig, conversation: str, approve: Approve | None,
         emit: Callable[[AgentEvent], None], builtin: frozenset[str] = frozenset(),
+        missing: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
+        self._missing = dict(missing or {})
         self._tools = {tool.spec.name: tool for tool in tools}
         self._specs = [replace(t.spec, builtin=t.spec.builtin and t.spec.name in builtin) for t in tools]
         self._config, self._conversation, self._approve, self._emit = config, conversation, approve, emit
@@ -124,6 +127,9 @@ class Dispatcher:
         spec = self.spec(call.name)
         if spec is None:
             known = ", ".join(spec.name for spec in self.specs)
+            if why := self._missing.get(call.name):
+                text = f"{call.name} cannot be used here: {why}. There are: {known}."
+                return Observation(text, error=True), "refused"
             return Observation(f"There is no tool {call.name!r}. There are: {known}.", error=True), "refused"
         if problem := argument_error(call, spec):
             schema = json.dumps(spec.parameters, ensure_ascii=False)

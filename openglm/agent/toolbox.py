@@ -138,6 +138,11 @@ class Toolbox:
             self.tools += tools
             self.missing += [Missing(name, why, "check what --mcp names") for name, why in missing]
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why tools are missing, by name, as a model is told that calls one all the same."""
+        return {missing.name: missing.why for missing in self.missing}
+
     def rows(self) -> list[Row]:
         """The list for people: tools that are ready, then the others."""
         ready = [Row(t.spec.name, t.spec.description, True, getattr(t, "note", "")) for t in self.tools]

@@ -172,7 +172,14 @@ class Answering:
 
     def __init__(self, agents: Agents, backend: ChatBackend, task: AgentTask, client: str) -> None:
         self._agents, self._task, self._client = agents, task, client
-        self._agent = Agent(backend, task.tools, task.config, external=task.external, approve=self._approve)
+        self._agent = Agent(
+            backend,
+            task.tools,
+            task.config,
+            external=task.external,
+            approve=self._approve,
+            missing=agents.toolbox.reasons,
+        )
         self._run = f"call_{secrets.token_hex(8)}"
         self._round, self._ends_line = 0, True
         self.outcome: Outcome | None = None
