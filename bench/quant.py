@@ -189,7 +189,8 @@ class Measure:
     def of(self, opened: OpenedModel) -> tuple[dict[str, Divergence], dict[str, list[float]]]:
         """By text: KL divergence and agreement on every EVERYth token, and nats a token of each window."""
         model = dense(opened, self.config)
-        found, nlls = {}, {}
+        found: dict[str, Divergence] = {}
+        nlls: dict[str, list[float]] = {}
         for name, pieces in self.windows.items():
             found[name], nlls[name] = Divergence(), []
             for (ids, first), hidden in zip(pieces, self.hidden[name], strict=True):
