@@ -63,6 +63,8 @@ def chat_partner(o: argparse.Namespace) -> tuple[ChatBackend, str, int | None]:
             raise ValueError(f"{option} is for a model here, not for the one at --url (--model NAME chooses there)")
     from openglm.agent.http_backend import HttpBackend
 
+    if o.regex is not None:
+        raise ValueError("--regex is for a model here: servers take a schema (--json-schema) and no regular expression")
     backend = HttpBackend(o.url, o.name, o.api_key)
     return backend, backend.model, None
 

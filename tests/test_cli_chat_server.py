@@ -88,3 +88,26 @@ def test_the_terminal_over_a_pipe(url: str, model: ChatModel, tmp_path: Path) ->
     assert done.returncode == 0 and "error" not in done.stderr, done.stderr
     answer = model.chat([Message("user", "你好!")], **SAMPLING)
     assert json.loads(saved.read_text(encoding="utf-8"))[-1]["content"] == answer.content
+
+
+def test_limits_of_an_answer_go_along(url: str, tmp_path: Path) -> None:
+    """--json-schema and --stop hold at the server too; --regex is refused in one line, since the protocol has none."""
+    pytest.importorskip("xgrammar")
+    schema = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}'
+
+    def asked(*options: str) -> subprocess.CompletedProcess[str]:
+        saved = tmp_path / "talk.json"
+        return subprocess.run(
+            [sys.executable, "-m", "openglm", "chat", "--url", url, "--seed", "3", "--temperature", "1.5", *options],
+            input=f"Hi\n/save {saved}\n", capture_output=True, text=True, timeout=240,
+            env={**os.environ, "OPENAI_API_KEY": "key"},
+        )  # fmt: skip
+
+    done = asked("--json-schema", schema, "--max-new-tokens", "60")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))[-1]["content"]
+    assert json.loads(answer)["a"] in (1, 2)
+    done = asked("--json-schema", schema, "--stop", ":")
+    assert json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))[-1]["content"] == answer.split(":")[0]
+    done = asked("--regex", "a+")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--json-schema" in done.stderr

@@ -71,7 +71,7 @@ class RoundBackend:
 
 
 class ApprovalRequest(Model):
-    """POST /v1/agent/approvals: what the user says about a call that waits."""
+    """What the user says about a call that waits."""
 
     id: Annotated[str, Field(min_length=1, max_length=64)]
     decision: Literal["allow", "deny"]

@@ -40,7 +40,7 @@ from openglm.server.protocol import ChatRequest, CompletionRequest, Model
 from openglm.server.responses_input import ResponsesRequest
 from openglm.server.service import Service
 from openglm.server.sse import ClientGone, EventStream
-from openglm.server.static import WEB, Page
+from openglm.server.static import REFERENCE, WEB, Page
 
 __all__ = ["create_app"]
 
@@ -81,6 +81,7 @@ def create_app(service: Service, web: Path | None = WEB) -> FastAPI:
     _add_gets(app, service)
     add_files(app, service.files, service.gate.identify, ERRORS)
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
+    app.mount("/docs", Page(REFERENCE), name="docs")
     if web is not None and (web / "index.html").is_file():
         app.mount("/", Page(web), name="page")
     app.add_middleware(Watch, service=service)

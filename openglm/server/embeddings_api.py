@@ -22,7 +22,7 @@ _MAX_INPUTS = 256
 
 
 class EmbeddingsRequest(Model):
-    """POST /v1/embeddings"""
+    """Texts to vectors of length 1."""
 
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     model: str | None = None

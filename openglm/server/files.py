@@ -106,7 +106,8 @@ def add_files(app: FastAPI, store: FileStore, identify: Callable[[Request], str]
     """The endpoints. identify: whose request it is, or ApiError."""
 
     upload = {"type": "object", "required": ["file"], "properties": {
-        "file": {"type": "string", "format": "binary"}, "purpose": {"type": "string"}}}  # fmt: skip
+        "file": {"type": "string", "format": "binary", "description": "The bytes, with a name."},
+        "purpose": {"enum": ["assistants", "user_data"]}}}  # fmt: skip
     body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": upload}}}}
 
     @app.post("/v1/files", summary="Upload a file for the tools", openapi_extra=body, responses=errors)

@@ -29,7 +29,7 @@ _MAX_BLANKS = 16
 
 
 class FillRequest(Model):
-    """POST /fill: write [MASK] for words, [sMASK] for a sentence, [gMASK] for all that follows."""
+    """Fill a text's blanks: write [MASK] for words, [sMASK] for a sentence, [gMASK] for all that follows."""
 
     text: Annotated[str, Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=16, description="fillings wanted, and width of the search")] | None = None

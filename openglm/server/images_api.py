@@ -27,7 +27,7 @@ __all__ = ["ImagesRequest", "generations"]
 
 
 class ImagesRequest(Model):
-    """POST /v1/images/generations. Extensions: seed, steps, guidance, negative_prompt."""
+    """Pictures of a text. Beyond OpenAI's fields: seed, steps, guidance, negative_prompt."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8000)]
     model: str | None = Field(None, description="Name of the image model; may be left out.")

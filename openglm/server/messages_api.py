@@ -94,7 +94,7 @@ class Thinking(Model):
 
 
 class CountRequest(Model):
-    """POST /v1/messages/count_tokens: how long a prompt is."""
+    """How long a prompt is, in tokens."""
 
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     model: str | None = None
@@ -104,7 +104,7 @@ class CountRequest(Model):
 
 
 class MessagesRequest(CountRequest):
-    """POST /v1/messages: Anthropic's chat protocol."""
+    """The next message of a chat, by Anthropic's protocol."""
 
     max_tokens: Count
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None

@@ -145,7 +145,7 @@ class ResponseFormat(Model):
 
 
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions"""
+    """The next message of a chat."""
 
     messages: Annotated[list[RequestMessage], Field(min_length=1)]
     max_tokens: Count | None = None
@@ -166,7 +166,7 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    """POST /v1/completions. With `suffix` the text between both is written, by models that fill blanks."""
+    """A text continued. With `suffix` the text between both is written, by models that fill blanks."""
 
     prompt: str | Annotated[list[str], Field(max_length=128)] | list[TokenId] | list[list[TokenId]]
     suffix: str | None = None

@@ -111,7 +111,7 @@ class ResponsesStream(Model):
 
 
 class ResponsesRequest(Model):
-    """POST /v1/responses: OpenAI's Responses protocol, without anything that the server would have to remember."""
+    """The next message of a chat, by OpenAI's Responses protocol, with nothing the server would have to remember."""
 
     input: str | Annotated[list[Item], Field(min_length=1)]
     model: str | None = Field(None, description="Name of the served model; may be left out.")

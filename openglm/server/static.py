@@ -1,4 +1,6 @@
-"""The page: files of `server/web`, with right types, a strict content policy, and caches that ask again."""
+"""The pages: files of `server/web` (chat) and `server/reference` (the endpoints), with right types, a strict content
+policy, and caches that ask again.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-__all__ = ["CONTENT_POLICY", "WEB", "Page"]
+__all__ = ["CONTENT_POLICY", "REFERENCE", "WEB", "Page"]
 
 WEB = Path(__file__).parent / "web"
+REFERENCE = Path(__file__).parent / "reference"
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "font-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "

@@ -24,21 +24,21 @@ __all__ = [
 
 
 class TokenizeRequest(Model):
-    """POST /tokenize"""
+    """The token ids of a text."""
 
     text: str
     model: str | None = None
 
 
 class DetokenizeRequest(Model):
-    """POST /detokenize"""
+    """The text of token ids."""
 
     tokens: list[TokenId]
     model: str | None = None
 
 
 class RenderRequest(Model):
-    """POST /render: a conversation as the model sees it, without running it."""
+    """A conversation as the model sees it, without running it."""
 
     messages: Annotated[list[RequestMessage], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
