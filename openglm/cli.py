@@ -311,6 +311,7 @@ COMMANDS: dict[str, Command] = {
     "fill": Command("fill the blanks of a text", _fill_options, _fill),
     "logits": Command("write a model's logits for given token ids", _logits_options, _logits),
     "perplexity": Command("measure how well a model predicts a text", _perplexity_options, _perplexity),
+    "eval": Command("measure what a model can do", *_lazy("eval", "cli_eval")),
     "train": Command("train as a run config says", _train_options, _train),
     "data prepare": Command("turn text into token shards", _prepare_options, _prepare),
     "data check": Command("show examples as the model is trained on them", *_lazy("check", "cli_inspect")),

@@ -11,7 +11,7 @@ import pytest
 
 from openglm.agent.agent import Agent
 from openglm.agent.events import AgentConfig, Asked, Called, Finished, Observed, Output, Planned, Said, Thought
-from openglm.agent.prompts import LAST_CALL, TIME_IS_UP
+from openglm.agent.prompts import ANSWER_NOW, LAST_CALL, TIME_IS_UP
 from openglm.types import Event, Message, Observation, ToolCall, ToolContext, ToolSpec
 from tests.agent_helpers import FakeTool, Scripted, call, collect, outcome_of
 
@@ -330,9 +330,22 @@ def test_a_program_at_the_end_of_an_answer_is_run() -> None:
         tool = FakeTool("python", lambda arguments, _: "56", {"code": {"type": "string"}})
         tool.spec = dataclasses.replace(tool.spec, builtin=builtin)
         outcome = outcome_of(Agent(Scripted(answer, "It is 56."), [tool]), question)
-        assert outcome.messages[2].content == answer, "what was said stays said"
+        assert outcome.messages[2].content == ("I compute:" if tool.calls else answer)
         return tool.calls
 
     assert asked("What is 7 times 8?") == [{"code": "print(7 * 8)"}]
     assert asked("Write a script that computes 7 times 8.") == []
     assert asked("What is 7 times 8?", builtin=False) == []
+
+
+def test_a_model_without_words_for_a_result_is_asked_once() -> None:
+    tool = double()
+    model = Scripted(call("double", n=3), "", "It is 6.")
+    outcome = outcome_of(Agent(model, [tool]), "Double 3")
+    assert outcome.answer == "It is 6." and outcome.n_rounds == 3 and len(outcome.messages) == 5
+    assert outcome.messages[3].content == "6\n" + ANSWER_NOW["en"]
+    again = outcome_of(Agent(Scripted(call("double", n=3), "", " \n"), [tool]), "把3加倍")
+    assert again.answer == " \n" and again.n_rounds == 3 and again.messages[3].content.endswith(ANSWER_NOW["zh"])
+    assert outcome_of(Agent(Scripted(""), [tool]), "Hm").n_rounds == 1, "nothing was called"
+    last = outcome_of(Agent(Scripted(call("double", n=3), ""), [tool], AgentConfig(n_rounds=2)), "Double 3")
+    assert last.answer == "" and last.n_rounds == 2

@@ -36,6 +36,7 @@ SURFACE = {
              *SAMPLING, *PLACE, "--json"],
     "logits": ["model", "--adapter", "--tokens", "--out", *PLACE, "--json"],
     "perplexity": ["model", "--adapter", "--text", "--window", "--stride", *PLACE, "--json"],
+    "eval": ["model", "tasks", "--adapter", "--limit", "--out", "--parallel", "--max-new-tokens", *PLACE, "--json"],
     "train": ["config", "overrides", "--resume", "--json"],
     "data prepare": ["sources", "--tokenizer", "--out", "--field", "--workers", "--json"],
     "data check": ["file", "--model", "--limit", "--json"],

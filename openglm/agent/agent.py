@@ -34,7 +34,15 @@ from openglm.agent.events import (
     Stop,
 )
 from openglm.agent.http_backend import stream_async
-from openglm.agent.prompts import LAST_CALL, PLAN_REQUEST, REPAIR_REQUEST, TIME_IS_UP, language_of, system_text
+from openglm.agent.prompts import (
+    ANSWER_NOW,
+    LAST_CALL,
+    PLAN_REQUEST,
+    REPAIR_REQUEST,
+    TIME_IS_UP,
+    language_of,
+    system_text,
+)
 from openglm.agent.salvage import asks_for_code
 from openglm.agent.turn import Turn
 from openglm.types import ChatBackend, Event, Grammar, Message, Tool, ToolCall, ToolSpec, Usage
@@ -205,6 +213,8 @@ class _Run:
         for number in range(1, self._config.n_rounds + 1):
             message = await self._answer(number)
             if not message.tool_calls:
+                if number < self._config.n_rounds and self._said_nothing(message):
+                    continue
                 return "length" if self._cut_off else "answer"
             external = {spec.name for spec in self._agent.external}
             own = [call for call in message.tool_calls if call.name not in external]
@@ -225,6 +235,16 @@ class _Run:
             if circles == 2:
                 return "repeats"
         return "rounds"
+
+    def _said_nothing(self, message: Message) -> bool:
+        """Whether a model has no words for what its tools gave. It is then asked for them, once."""
+        before = self._messages[-2]
+        note = f"\n{ANSWER_NOW[language_of(self._messages)]}"
+        if message.content.strip() or before.role != "tool" or before.content.endswith(note):
+            return False
+        self._messages.pop()
+        self._messages[-1] = dataclasses.replace(before, content=before.content + note)
+        return True
 
     async def _answer(self, number: int) -> Message:
         """The model's next message, with the arguments of its calls put right where that can be done."""

@@ -8,21 +8,20 @@ from typing import Literal
 from openglm.types import Message, Tool
 
 __all__ = [
-    "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "language_of", "system_text",
+    "ANSWER_NOW", "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "language_of", "system_text",
 ]  # fmt: skip
 
 Language = Literal["en", "zh"]
 
 OPENING = {
-    "en": "You are a helpful assistant with tools. Small talk, translations and general knowledge: answer directly, "
-    "without a tool.",
-    "zh": "你是一个能使用工具的助手。闲聊、翻译和常识：直接回答，不用工具。",
+    "en": "You are a helpful assistant with tools. Decide yourself whether a question needs a tool; answer simple "
+    "questions, translations and small talk without one.",
+    "zh": "你是一个能使用工具的助手。请自行判断问题是否需要工具；简单的问题、翻译和闲聊直接回答。",
 }
 HINTS = {
     "python": {
-        "en": "Calculations, also with dates and large numbers: call python and print the result, never calculate in "
-        "your head.",
-        "zh": "计算（包括日期和大数）：调用 python 并用 print 输出结果，不要心算。",
+        "en": "Calculate with python, not in your head; print the result.",
+        "zh": "需要计算时用 python 算，不要心算，并用 print 输出结果。",
     },
     "search": {
         "en": "Facts about a place, person, organisation or event: call search first, then open_page, and cite the "
@@ -42,13 +41,16 @@ HINTS = {
     },
 }
 CLOSING = {
-    "en": "Write a call alone, without announcing it or imagining its result; answer from what the tools return, and "
-    "say so if it does not answer the question.",
-    "zh": "需要工具时只写调用，不要预告，也不要编造结果；根据工具返回的内容回答，如果其中没有答案，请如实说明。",
+    "en": "Use what the tools return, and say so if it does not answer the question.",
+    "zh": "请根据工具返回的内容回答；如果其中没有答案，请如实说明。",
 }
 LAST_CALL = {
     "en": "(No more calls are possible. Answer now with what is known.)",
     "zh": "（不能再调用工具了。请根据已知的内容直接回答。）",
+}
+ANSWER_NOW = {
+    "en": "(Answer the user's question now, with this result.)",
+    "zh": "（现在请根据这个结果回答用户的问题。）",
 }
 TIME_IS_UP = "The time was up before there was a result."
 PLAN_REQUEST = {

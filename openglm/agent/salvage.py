@@ -8,7 +8,7 @@ Small models often wrap a call in a ```json fence. A piece of an answer becomes 
 objects that each name a tool and give it an object of arguments, or if the answer begins with such objects. Text that
 may yet become one is held back. A tool that there is not is called as well, for the model to be told so.
 
-They also end an answer with a ```python fence that prints what was asked for, and leave it to somebody to run it.
+They also write a ```python fence that prints what was asked for, and leave it to somebody to run it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPENS = ("<tool_call>", "<tool_calls>")
 DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
 TRIPLE = re.compile(r'"""(.*?)"""', re.DOTALL)  # a Python text where JSON wants its own
 PROGRAM = re.compile(
-    r"(?:^|\n)[ \t]*```(?:python3?|py)[ \t]*\n((?:(?!```).)*?)\n[ \t]*```\s*$", re.DOTALL | re.IGNORECASE
+    r"^[ \t]*```(?:python3?|py)[ \t]*\n(.*?)\n[ \t]*```[ \t]*$", re.DOTALL | re.IGNORECASE | re.MULTILINE
 )
 CODE_WORDS = re.compile(
     r"\b(?:code|scripts?|functions?|programs?|snippets?|examples?|class|how (?:do|can|to|would)|implement\w*)\b"
@@ -119,10 +119,15 @@ def asks_for_code(question: str) -> bool:
     return CODE_WORDS.search(question) is not None
 
 
-def final_program(text: str) -> str | None:
-    """The Python that an answer ends with, in a fence, if it prints something."""
-    found = PROGRAM.search(text)
-    return found.group(1) if found is not None and re.search(r"\bprint\(", found.group(1)) else None
+def final_program(text: str) -> tuple[str, str] | None:
+    """(what stands before it, the Python in an answer that prints something): its only fence of Python, or the one that
+    it ends with.
+    """
+    found = list(PROGRAM.finditer(text))
+    if not found or (len(found) > 1 and text[found[-1].end() :].strip()):
+        return None
+    code = found[-1].group(1)
+    return (text[: found[-1].start()], code) if re.search(r"\bprint\(", code) else None
 
 
 class CallFilter:
@@ -153,9 +158,9 @@ class CallFilter:
     def finish(self) -> str:
         """What was held back and is no call."""
         rest, self._held = self._held, ""
-        found, behind = leading_calls(_unfenced(rest), self._tools) if rest.strip() else ([], rest)
-        self.calls += found
-        return behind if found else rest
+        found, _ = leading_calls(_unfenced(rest), self._tools) if rest.strip() else ([], rest)
+        self.calls += found  # behind them stands what the model imagines to come of them
+        return "" if found else rest
 
     def _step(self) -> str | None:
         """One piece decided on; None when more has to come first."""
@@ -211,7 +216,7 @@ class CallFilter:
         for length in range(min(len(held), 16), 0, -1):  # the end may yet become a mark
             tail = held[-length:]
             line_begins = length == len(held) and self._line_begins
-            fence = re.fullmatch(r"[ \t]*`{0,2}" if line_begins else r"\n[ \t]*`{0,2}", tail)
+            fence = re.fullmatch(r"\n?[ \t]*`{0,2}" if line_begins else r"\n[ \t]*`{0,2}", tail)
             if fence or any(mark.startswith(tail) for mark in OPENS):
                 return len(held) - length
         return len(held)

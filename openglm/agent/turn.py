@@ -16,7 +16,7 @@ __all__ = ["Turn"]
 class Turn:
     """Collects what a backend streams. tools: those that may be called. emit: told what is said and thought.
 
-    runs_code: a program at the end of an answer without calls is a call of the tool `python`.
+    runs_code: a program in an answer without calls is a call of the tool `python`.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class Turn:
         """After the last event, or where the stream broke off."""
         self._say(self._filter.finish())
         self._calls += self._filter.calls
-        if self._runs_code and not self._calls and (code := final_program("".join(self._text))) is not None:
+        if self._runs_code and not self._calls and (found := final_program("".join(self._text))) is not None:
+            before, code = found  # what stands behind it is imagined, and would be believed later
+            self._text = [before]
             self._calls.append(ToolCall("python", json.dumps({BUILTIN_TOOLS["python"]: code}, ensure_ascii=False)))
         # Ids are unique in the run, whatever the backend gave: a trace, a page and a history refer to calls by them.
         self._calls = [dataclasses.replace(call, id=f"call_{self.number}_{i}") for i, call in enumerate(self._calls, 1)]

@@ -107,7 +107,7 @@ def observe(result: ExecutionResult) -> Observation:
     if result.stderr.strip():
         parts.append(f"[stderr]\n{result.stderr.rstrip()}")
     if result.error:
-        parts.append(shorten(result.error))
+        parts += [shorten(result.error), "Correct the code and call python again."]
     parts += [f"[{image.name}: {image.description}]" for image in result.images]
     if result.n_images_dropped:
         parts.append(f"[{result.n_images_dropped} more pictures were not kept]")
