@@ -41,8 +41,8 @@ HINTS = {
     },
 }
 CLOSING = {
-    "en": "Use what the tools return, and say so if it does not answer the question.",
-    "zh": "请根据工具返回的内容回答；如果其中没有答案，请如实说明。",
+    "en": "The user does not see what tools return: write the result into your answer.",
+    "zh": "用户看不到工具返回的内容：请把结果写在回答里。",
 }
 LAST_CALL = {
     "en": "(No more calls are possible. Answer now with what is known.)",
