@@ -3,7 +3,7 @@
     python bench/startup.py [MODEL] [--runs 5]
 
 Each run is a process of its own. Measured from the outside: until the page's HTML is there, until /health says "ready",
-and until the first token of an answer is there. Prints a table, and one JSON line last.
+and until an answer of one token is there. Prints a table, and one JSON line last.
 """
 
 from __future__ import annotations
