@@ -154,6 +154,6 @@ def test_two_tools_of_one_name_are_refused_naming_both(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         load_tools(tmp_path)
     with pytest.raises(ValueError, match=words):
-        Toolbox(ToolboxConfig(python=False, images=False, tools=(tmp_path / "a.py", tmp_path / "b.py")))
-    box = Toolbox(ToolboxConfig(python=False, images=False, tools=(tmp_path / "a.py",)))
+        Toolbox(ToolboxConfig(python=False, browser=False, images=False, tools=(tmp_path / "a.py", tmp_path / "b.py")))
+    box = Toolbox(ToolboxConfig(python=False, browser=False, images=False, tools=(tmp_path / "a.py",)))
     assert [row.name for row in box.rows()] == ["add"] and call(box.tools[0], a=1, b=2).content == "3"

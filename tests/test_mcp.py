@@ -171,7 +171,7 @@ def test_servers_that_do_not_start_are_missing_with_the_reason(tmp_path: Path) -
     assert "no command no-such-command-here" in reasons["absent"]
     assert "no licence" in reasons["bad"] and "no answer in time" in reasons["mute"]
     assert "http://127.0.0.1:9/mcp" in reasons["nobody"] and all("\n" not in why for why in reasons.values())
-    box = Toolbox(ToolboxConfig(python=False, mcp_servers=tuple(configs[:1])))
+    box = Toolbox(ToolboxConfig(python=False, browser=False, images=False, mcp_servers=tuple(configs[:1])))
     assert [(row.name, row.ready) for row in box.rows()] == [("absent", False)]
 
 
@@ -243,7 +243,7 @@ def note(text: str, context: ToolContext) -> Observation:
 
 
 def boxed(*functions: Any) -> Toolbox:
-    box = Toolbox(ToolboxConfig(python=False))
+    box = Toolbox(ToolboxConfig(python=False, browser=False, images=False))
     box.tools += [FunctionTool(function) for function in functions]
     return box
 
@@ -311,7 +311,7 @@ def test_our_tools_over_stdio_through_our_client(tmp_path: Path) -> None:
         "    os.system('echo more noise')\n"
         "    return text.upper()\n"
     )
-    args = ("-m", "openglm", "mcp", "--no-python", "--tools", str(tmp_path / "mine.py"))
+    args = ("-m", "openglm", "mcp", "--no-python", "--no-browser", "--tools", str(tmp_path / "mine.py"))
     config = MCPServerConfig(name="ours", command=sys.executable, args=args, env={"PYTHONPATH": str(REPOSITORY)})
     found, missing = connect_servers([config], [])
     assert missing == [] and [tool.spec.name for tool in found] == ["shout"]

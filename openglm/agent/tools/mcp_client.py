@@ -11,6 +11,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -191,6 +192,10 @@ class ErrorOutput:
         self._thread.join(0.5)  # a grandchild may hold the other end
 
     def last_line(self) -> str:
+        """Of a child that has ended: what it said last is in the pipe, but may not have been read yet."""
+        until = time.monotonic() + 1.0
+        while not self._text and time.monotonic() < until:
+            time.sleep(0.01)
         lines = [line.strip() for line in self._text.splitlines() if line.strip()]
         return lines[-1][:300] if lines else ""
 
