@@ -210,7 +210,7 @@ def _until(condition: Any) -> None:
         ({"tools": ALL, "response_format": {"type": "json_object"}}, "response_format", "cannot be asked for"),
         ({"tools": ALL, "tool_choice": "none"}, "tool_choice", "cannot be asked for"),
         ({"tools": [{"type": "python"}]}, "tools[0].type", "this server has no tool python"),
-        ({"tools": [{"type": "telepathy"}]}, "tools[0]", "telepathy"),
+        ({"tools": [{"type": "telepathy"}]}, "tools[0].type", "telepathy"),
         ({"conversation": "a"}, "conversation", "needs tools of the server"),
         ({"tools": ALL, "conversation": "a/b"}, "conversation", "pattern"),
         ({"tools": ALL, "files": ["file-0"]}, "files[0]", "there is no file"),

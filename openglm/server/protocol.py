@@ -244,6 +244,8 @@ def _api_error(kind: type[BaseModel], value: Any, error: ValidationError) -> Api
     first = found[0][0][:1]
     path, worst = max((f for f in found if f[0][:1] == first), key=lambda f: len(f[0]))
     param = param_of(path)
+    if worst["type"] == "union_tag_invalid":  # of a field that says which model it is: that field is wrong
+        param += "." + worst["ctx"]["discriminator"].strip("'")
     others = {e["msg"] for p, e in found if p == path}
     message = " or: ".join(sorted(others)) if len(others) < 4 else worst["msg"]
     if worst["type"] == "extra_forbidden":
