@@ -75,7 +75,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("modalities[0]", {"modalities": ["audio"]}),
     ("no_such_field", {"extra_body": {"no_such_field": 1}}),
     ("stream_options.foo", {"extra_body": {"stream_options": {"foo": 1}}}),
-    ("tools[0]", {"tools": [{"type": "web_search"}]}),
+    ("tools[0].type", {"tools": [{"type": "web_search"}]}),
     ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "a b"}}]}),
     ("tools[1].function.name", {"tools": [TIME, TIME]}),
     ("tools[0].function.foo", {"tools": [{"type": "function", "function": {"name": "f", "foo": 1}}]}),
