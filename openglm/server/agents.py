@@ -120,7 +120,7 @@ class Agents:
                 await self.toolbox.end(alone)
             return
         key = f"{hashlib.sha256(client.encode()).hexdigest()[:12]}-{name}"
-        _, lock = self._conversations.get(key, (0.0, asyncio.Lock()))
+        _, lock = self._conversations.setdefault(key, (time.monotonic(), asyncio.Lock()))
         async with lock:
             self._touch(key, lock)
             await self._forget()
