@@ -132,8 +132,7 @@ def test_chat_in_a_terminal(tiny_checkpoint: Path, terminal: tuple[int, int]) ->
             read_until(screen, lambda seen: b"you> " in seen)
             os.write(leader, b"Hello\n")
             read_until(screen, lambda seen: b"glm> " in seen and seen.endswith(b"you> "))
-            # A signal that comes while the line editor sets itself up may be lost on it: it is given a moment.
-            time.sleep(0.5)
+            # A signal that comes just before the line editor waits is seen with the next key or signal only.
             interrupt = partial(process.send_signal, signal.SIGINT)
             interrupt()
             read_until(screen, lambda seen: b"Ctrl-D leaves" in seen and seen.endswith(b"you> "), interrupt)
