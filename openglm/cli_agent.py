@@ -31,6 +31,7 @@ from openglm.agent.events import (
     Said,
     Thought,
 )
+from openglm.agent.trace import TraceWriter
 from openglm.cli_agent_options import agent_config, agent_options, wants_agent
 from openglm.cli_chat import Chat, chat_partner, interruptible
 from openglm.cli_chat_commands import Stats
@@ -228,13 +229,8 @@ class AgentChat(Chat):
         if outcome.stop in STOPS:
             notice(STOPS[outcome.stop])
 
-    def _trace(self) -> Any:
-        if self._trace_dir is None:
-            return None
-        from openglm.agent.trace import TraceWriter
-
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return TraceWriter(self._trace_dir / f"{stamp}-{time.time_ns() % 10**9:09d}.jsonl", self.name)
+    def _trace(self) -> TraceWriter | None:
+        return None if self._trace_dir is None else TraceWriter.new(self._trace_dir, self.name)
 
     # ---------------------------------------------------------------- showing
 

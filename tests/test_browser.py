@@ -138,7 +138,7 @@ def test_numbers_in_every_form_are_understood(user: User, site: SiteServer) -> N
 def test_schemas_are_valid_and_small(user: User) -> None:
     for tool in user.tools.values():
         jsonschema.Draft202012Validator.check_schema(dict(tool.spec.parameters))
-        assert len(tool.spec.description) < 150 and isinstance(tool, StatefulTool)
+        assert len(tool.spec.description) < 90 and isinstance(tool, StatefulTool)
     assert set(user.tools) == {"search", "open_page", "click", "find", "scroll", "back", "quote"}
     assert [tool.spec.name for tool in user.browser.tools(native=True)] == ["simple_browser"]
 

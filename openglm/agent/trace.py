@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,13 @@ class TraceWriter:
         except OSError as error:
             raise ValueError(f"the trace {path} cannot be written: {error.strerror}") from None
         self._started = time.monotonic()
+
+    @classmethod
+    def new(cls, folder: Path, model: str = "") -> TraceWriter:
+        """In a file of its own; names sort by the time they were made."""
+        now = time.time_ns()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 10**9))
+        return cls(folder / f"{stamp}-{now % 10**9:09d}-{secrets.token_hex(3)}.jsonl", model)
 
     def begin(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], external: Sequence[ToolSpec], config: AgentConfig,

@@ -147,10 +147,7 @@ class Agents:
         await self.toolbox.close()
 
     def trace(self) -> TraceWriter | None:
-        if self._trace_dir is None:
-            return None
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return TraceWriter(self._trace_dir / f"{stamp}-{secrets.token_hex(6)}.jsonl", self._model)
+        return None if self._trace_dir is None else TraceWriter.new(self._trace_dir, self._model)
 
     # ---------------------------------------------------------------- one request
 

@@ -230,8 +230,7 @@ NUMBER: Mapping[str, Any] = {"type": "integer"}
 ANY_NUMBER: Mapping[str, Any] = {"type": ["integer", "string"]}  # small models write either
 # name, description, schema, action(browser, session, arguments)
 FUNCTIONS: tuple[tuple[str, str, dict[str, Any], Callable[..., Awaitable[Observation]]], ...] = (
-    ("search", "Search the web for facts about any place, person, organisation, event, price or number. Returns "
-     "numbered results; open one with open_page.",
+    ("search", "Search the web for facts: places, people, events, prices. open_page opens a result.",
      _schema(["query"], query=TEXT), lambda b, s, a: b.search(s, str(a["query"]))),
     ("open_page", "Open a page by its result number (such as \"1\") or its URL, and read it.",
      _schema(["page"], page={**ANY_NUMBER, "description": "result number or URL"},
