@@ -25,6 +25,7 @@ def eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="DIR", help="folder for results, where a stopped run goes on (default: eval/MODEL)")
     p.add_argument("--parallel", type=int, default=8, metavar="N", help="items at once (default: 8)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest single answer (default: the task's)")
+    p.add_argument("--guided", action="store_true", help="all-tools: the model names its next tool first, see chat")
     place_options(cast(Parser, p))
 
 
@@ -39,7 +40,7 @@ def eval_value(o: argparse.Namespace) -> dict[str, Any]:
     name += f" with {Path(o.adapter).name}" if o.adapter else ""
     options = EvalOptions(
         out=Path(o.out) if o.out else Path("eval", name), name=name, limit=o.limit, n_parallel=o.parallel,
-        max_new_tokens=o.max_new_tokens,
+        max_new_tokens=o.max_new_tokens, guided=o.guided,
     )  # fmt: skip
     tasks = list(dict.fromkeys(o.tasks))
     for task in tasks:

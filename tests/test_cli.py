@@ -23,7 +23,7 @@ PLACE = ["--device", "--dtype", "--threads"]
 # Scripts rely on these: add to them, never take away.
 TOOLS = ["--tools", "--mcp", "--search-in", "--allow-address", "--image-model", "--no-python",
          "--no-browser", "--unsafe-python"]
-AGENT = ["--all-tools", *TOOLS, "--approval", "--rounds", "--plan", "--trace"]
+AGENT = ["--all-tools", *TOOLS, "--approval", "--rounds", "--plan", "--guided", "--trace"]
 SURFACE = {
     "chat": ["model", "--adapter", "--url", "--model", "--api-key", "--system", *LIMITS, *SAMPLING, *PLACE,
              *AGENT],
@@ -36,7 +36,8 @@ SURFACE = {
              *SAMPLING, *PLACE, "--json"],
     "logits": ["model", "--adapter", "--tokens", "--out", *PLACE, "--json"],
     "perplexity": ["model", "--adapter", "--text", "--window", "--stride", *PLACE, "--json"],
-    "eval": ["model", "tasks", "--adapter", "--limit", "--out", "--parallel", "--max-new-tokens", *PLACE, "--json"],
+    "eval": ["model", "tasks", "--adapter", "--limit", "--out", "--parallel", "--max-new-tokens", "--guided", *PLACE,
+             "--json"],
     "train": ["config", "overrides", "--resume", "--json"],
     "data prepare": ["sources", "--tokenizer", "--out", "--field", "--workers", "--json"],
     "data check": ["file", "--model", "--limit", "--json"],

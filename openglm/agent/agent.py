@@ -22,6 +22,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from openglm.agent.asides import Asides
+from openglm.agent.browser.citations import cited_by_overlap, sources_in
+from openglm.agent.choice import ANSWER
 from openglm.agent.dispatch import Approve, Dispatcher, argument_error, holders
 from openglm.agent.events import (
     AgentConfig,
@@ -31,21 +34,21 @@ from openglm.agent.events import (
     Finished,
     Outcome,
     Planned,
+    Said,
     Stop,
 )
 from openglm.agent.http_backend import stream_async
 from openglm.agent.prompts import (
     ANSWER_NOW,
     LAST_CALL,
-    PLAN_REQUEST,
-    REPAIR_REQUEST,
     TIME_IS_UP,
+    answer_text,
     language_of,
     system_text,
 )
 from openglm.agent.salvage import asks_for_code
 from openglm.agent.turn import Turn
-from openglm.types import ChatBackend, Event, Grammar, Message, Tool, ToolCall, ToolSpec, Usage
+from openglm.types import ChatBackend, Event, Message, Tool, ToolCall, ToolSpec, Usage
 
 if TYPE_CHECKING:
     from openglm.agent.trace import TraceWriter
@@ -164,6 +167,9 @@ class _Run:
         self._wrong: dict[str, int] = {}  # calls of a tool in a row whose arguments did not fit
         self._n_rounds = self._n_prompt = self._n_drawn = 0
         self._turn: Turn | None = None
+        self._asides = Asides(self._text)
+        self._guided = agent.config.guided
+        self._bodies = {tool.spec.name for tool in agent.tools if tool.spec.builtin}  # called with code or words
 
     async def work(self) -> None:
         started = time.monotonic()
@@ -191,8 +197,8 @@ class _Run:
         if self._messages[0].role == "system":
             return
         system = self._config.system
-        if system is None:
-            system = system_text(self._agent.tools, language_of(self._messages))
+        if system is None and not self._guided:  # a guided one is told of one tool at a time, see `_told`
+            system = system_text([tool.spec for tool in self._agent.tools], language_of(self._messages))
         if system:
             self._messages.insert(0, Message("system", system))
 
@@ -211,7 +217,7 @@ class _Run:
     async def _rounds(self) -> Stop:
         circles = 0
         for number in range(1, self._config.n_rounds + 1):
-            message = await self._answer(number)
+            message = await self._answer(number, await self._next(number))
             if not message.tool_calls:
                 if number < self._config.n_rounds and self._said_nothing(message):
                     continue
@@ -246,24 +252,73 @@ class _Run:
         self._messages[-1] = dataclasses.replace(before, content=before.content + note)
         return True
 
-    async def _answer(self, number: int) -> Message:
-        """The model's next message, with the arguments of its calls put right where that can be done."""
-        specs = [*self._calls.specs, *self._agent.external]
-        question = next((m.content for m in reversed(self._messages) if m.role == "user"), "")
-        has_python = any(t.spec.builtin and t.spec.name == "python" for t in self._agent.tools)
+    async def _next(self, number: int) -> str | None:
+        """The tool that a guided model chooses, or ANSWER; None where it is free to call any."""
+        if not self._guided:
+            return None
+        if number == self._config.n_rounds:
+            return ANSWER
+        name = await self._asides.choice(self._messages, self._specs, self._calls.records)
+        self._guided = name is not None  # without grammars it goes on unguided
+        return name
+
+    @property
+    def _specs(self) -> list[ToolSpec]:
+        return [*self._calls.specs, *self._agent.external]
+
+    async def _answer(self, number: int, name: str | None) -> Message:
+        """The model's next message, with the arguments of its calls put right where that can be done.
+
+        name: the tool it is to call, or ANSWER for none; None: any.
+        """
+        self._n_rounds, self._cut_off = number, False
+        specs = [spec for spec in self._specs if name in (None, spec.name)]
+        told = self._told(specs, name)
+        drawn = None
+        if name is not None and specs and name not in self._bodies:
+            drawn = await self._asides.call(told, specs[0])
+        message = Message("assistant", "") if drawn else await self._written(number, told, specs)
+        if name is not None and specs and not drawn and not message.tool_calls:
+            drawn = await self._asides.call([*told, message], specs[0])
+        if drawn:
+            message = dataclasses.replace(message, tool_calls=(dataclasses.replace(drawn, id=f"call_{number}_1"),))
+        calls = [await self._checked(call, number) for call in message.tool_calls]
+        message = self._cited(dataclasses.replace(message, tool_calls=tuple(calls)), number)
+        self._messages.append(message)
+        return message
+
+    def _told(self, specs: Sequence[ToolSpec], name: str | None) -> list[Message]:
+        """The conversation, with what a guided model is told of the tool that it chose, or of its answer."""
+        if not self._config.guided or self._messages[0].role == "system" or self._config.system is not None:
+            return self._messages
+        language = language_of(self._messages)
+        system = system_text(specs, language)
+        if name == ANSWER and self._calls.records:
+            system = answer_text(language, bool(sources_in(r.observation.data for r in self._calls.records)))
+        return [Message("system", system), *self._messages] if system else self._messages
+
+    async def _written(self, number: int, messages: Sequence[Message], specs: Sequence[ToolSpec]) -> Message:
+        """What the model writes, said as it comes."""
+        question = next((m.content for m in reversed(messages) if m.role == "user"), "")
+        has_python = "python" in self._bodies and any(spec.name == "python" for spec in specs)
         runs_code = has_python and not asks_for_code(question)
         turn = self._turn = Turn(number, specs, self._emit, runs_code=runs_code)
-        self._n_rounds = number
-        async with aclosing(self._stream(self._messages, specs)) as events:
+        async with aclosing(self._stream(messages, specs)) as events:
             async for event in events:
                 turn.feed(event)
         turn.finish()
         self._cut_off = turn.cut_off
         message, self._turn = turn.message, None
-        calls = [await self._checked(call, number) for call in message.tool_calls]
-        message = dataclasses.replace(message, tool_calls=tuple(calls))
-        self._messages.append(message)
         return message
+
+    def _cited(self, message: Message, number: int) -> Message:
+        """An answer that cites nothing, with the mark of the page that it is from."""
+        question = next((m.content for m in reversed(self._messages) if m.role == "user"), "")
+        mark = "" if message.tool_calls else cited_by_overlap(message.content, question, self._calls.records)
+        if not mark:
+            return message
+        self._emit(Said(mark, number))
+        return dataclasses.replace(message, content=message.content + mark)
 
     async def _stream(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], **more: Any
@@ -298,21 +353,16 @@ class _Run:
 
     async def _plan(self) -> None:
         """Asks for a plan, and puts it in front of the conversation."""
-        language = language_of(self._messages)
-        names = ", ".join(tool.spec.name for tool in self._agent.tools)
-        question = PLAN_REQUEST[language].format(tools=names)
-        plan = (await self._text([*self._messages, Message("user", question)])).strip()
+        plan = await self._asides.plan(self._messages, [tool.spec.name for tool in self._agent.tools])
         if not plan:
             return
         self._emit(Planned(plan))
-        heading = {"zh": "计划：", "en": "The plan:"}[language]
+        heading = {"zh": "计划：", "en": "The plan:"}[language_of(self._messages)]
         first = self._messages[0]
         if first.role == "system":
             self._messages[0] = dataclasses.replace(first, content=f"{first.content}\n\n{heading}\n{plan}")
         else:
             self._messages.insert(0, Message("system", f"{heading}\n{plan}"))
-
-    # ---------------------------------------------------------------- wrong calls
 
     async def _checked(self, call: ToolCall, number: int) -> ToolCall:
         """The call, as it will be made. A tool's second wrong call in a row gets its arguments drawn to the schema."""
@@ -321,22 +371,9 @@ class _Run:
         self._wrong[call.name] = self._wrong.get(call.name, 0) + 1 if problem else 0
         repaired = None
         if spec is not None and problem and self._wrong[call.name] > 1:
-            repaired = await self._repaired(call, spec, problem)
+            repaired = await self._asides.repaired(self._messages, call, spec, problem)
         self._emit(Called(repaired or call, number, repaired is not None))
         return repaired or call
-
-    async def _repaired(self, call: ToolCall, spec: ToolSpec, problem: str) -> ToolCall | None:
-        """The call with arguments that the schema's grammar lets through; None where there is no such grammar."""
-        schema = json.dumps(dict(spec.parameters), ensure_ascii=False)
-        request = REPAIR_REQUEST[language_of(self._messages)].format(
-            name=call.name, arguments=call.arguments[:2000], problem=problem, schema=schema
-        )
-        try:
-            text = await self._text([*self._messages, Message("user", request)], grammar=Grammar("json_schema", schema))
-        except ValueError:  # the backend has no grammars, or not for this schema
-            return None
-        better = dataclasses.replace(call, arguments=text.strip())
-        return None if argument_error(better, spec) else better
 
 
 def _add_pieces(pieces: list[tuple[str, str]], event: Event) -> None:

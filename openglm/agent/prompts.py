@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from openglm.types import Message, Tool
+from openglm.types import Message, ToolSpec
 
 __all__ = [
-    "ANSWER_NOW", "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "language_of", "system_text",
+    "ANSWER_NOW", "CALL_REQUEST", "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "answer_text",
+    "language_of", "system_text",
 ]  # fmt: skip
 
 Language = Literal["en", "zh"]
@@ -44,6 +45,16 @@ CLOSING = {
     "en": "The user does not see what tools return: write the result into your answer.",
     "zh": "用户看不到工具返回的内容：请把结果写在回答里。",
 }
+FROM_RESULTS = {
+    "en": "You are a helpful assistant. Answer the user's question in a full sentence from what is known now; the user "
+    "does not see it, so do not speak of tools.",
+    "zh": "你是一个乐于助人的助手。请根据现在已知的内容用完整的句子回答用户的问题；"
+    "用户看不到这些内容，所以不要提到工具。",
+}
+CITE = {
+    "en": "Cite the page that says so as 【number†title】.",
+    "zh": "并以【编号†标题】注明出处。",
+}
 LAST_CALL = {
     "en": "(No more calls are possible. Answer now with what is known.)",
     "zh": "（不能再调用工具了。请根据已知的内容直接回答。）",
@@ -59,6 +70,11 @@ PLAN_REQUEST = {
     "zh": "开始之前，请为这个任务写一个简短的计划：每一步一行，带编号，"
     "并说明该步骤是否需要以下工具之一：{tools}。只写计划。",
 }
+CALL_REQUEST = {
+    "en": "Call {name} now: {description} Write its arguments for this request as one JSON object that fits this "
+    "schema, and nothing else: {schema}",
+    "zh": "现在调用 {name}：{description} 请针对以上请求写出参数，只写一个符合以下模式的 JSON 对象：{schema}",
+}
 REPAIR_REQUEST = {
     "en": "Your call of {name} with the arguments {arguments} was wrong: {problem}. Write its arguments again as one "
     "JSON object that fits this schema, and nothing else: {schema}",
@@ -73,10 +89,15 @@ def language_of(messages: Sequence[Message]) -> Language:
     return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text[:200]) else "en"
 
 
-def system_text(tools: Sequence[Tool], language: Language) -> str:
+def system_text(tools: Sequence[ToolSpec], language: Language) -> str:
     """Instructions for the tools that are there; nothing without tools."""
     if not tools:
         return ""
-    names = [tool.spec.name for tool in tools]
+    names = [tool.name for tool in tools]
     hints = [hint[language] for name, hint in HINTS.items() if name in names]
     return " ".join([OPENING[language], *hints, CLOSING[language]])
+
+
+def answer_text(language: Language, cites: bool) -> str:
+    """Instructions for an answer after calls, where no tool is left to be told of. cites: pages were read."""
+    return " ".join([FROM_RESULTS[language], *([CITE[language]] if cites else [])])

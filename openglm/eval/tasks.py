@@ -21,7 +21,7 @@ __all__ = ["TASKS", "EvalOptions", "EvalTask"]
 class EvalOptions:
     """out: folder of all tasks. name: of the model. limit: number of items (None: all). n_parallel: items at once.
 
-    max_new_tokens: of one answer (None: the task's own).
+    max_new_tokens: of one answer (None: the task's own). guided: see openglm.agent.events.AgentConfig.
     """
 
     out: Path
@@ -29,6 +29,7 @@ class EvalOptions:
     limit: int | None = None
     n_parallel: int = 8
     max_new_tokens: int | None = None
+    guided: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -62,8 +63,9 @@ def _run_all_tools(model: ChatBackend, options: EvalOptions) -> dict[str, Any]:
     from openglm.eval.all_tools.run import evaluate
 
     return evaluate(
-        model, options.out / "all-tools", options.name, options.limit, options.n_parallel, options.max_new_tokens
-    )
+        model, options.out / "all-tools", options.name, options.limit, options.n_parallel, options.max_new_tokens,
+        options.guided,
+    )  # fmt: skip
 
 
 def _show_all_tools(metrics: dict[str, Any]) -> list[str]:

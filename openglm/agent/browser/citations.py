@@ -11,9 +11,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Footnotes", "Source", "find_passage", "footnotes", "sources_in", "unverified_quotes"]
+if TYPE_CHECKING:
+    from openglm.agent.events import CallRecord
+
+__all__ = [
+    "Footnotes", "Source", "cited_by_overlap", "find_passage", "footnotes", "sources_in", "unverified_quotes",
+]  # fmt: skip
 
 # Corner marks always cite. Square brackets cite where their number is that of a source.
 CORNER = re.compile(r"【\s*(\d{1,4})\s*(?:[†‡:：|]([^】]{0,200}))?】")
@@ -139,3 +144,62 @@ def unverified_quotes(answer: str, pages: Mapping[int, str]) -> list[tuple[str, 
         if not find_passage(quote, pages.get(number, "")):
             wrong.append((quote, number))
     return wrong
+
+
+WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W\d_]+")
+NAME = re.compile(r"(?<=[\w,] )[A-Z][^\W\d_]{2,}")  # not where a sentence begins
+CJK = re.compile(r"[\u3400-\u9fff]")
+LEAST_OVERLAP = 0.6
+
+
+def cited_by_overlap(answer: str, question: str, records: Iterable[CallRecord]) -> str:
+    """The mark of the source that an answer without any mark is from, to be put behind it; nothing where none is.
+
+    It is the page, or else the search result, that holds the most of what the answer says beyond the question, and at
+    least 60 % of it: of its numbers, where it has any, else of its names, else of all its words. WebGLM (section 3.2)
+    mended the citations of its training data by overlap too.
+    """
+    sources, shown = _shown(records)
+    if not answer.strip() or not sources or CORNER.search(answer) or footnotes(answer, sources).notes:
+        return ""
+    known = _terms(question)
+    new = _terms(answer) - known
+    names = {name.casefold() for name in NAME.findall(answer)} - known
+    new = {term for term in new if term[0].isdigit()} or names or new
+    if not new:
+        return ""
+    best, number = 0.0, 0
+    for n, (text, is_page) in shown.items():
+        share = len(new & _terms(text)) / len(new)
+        if (share, is_page) > (best, shown[number][1] if number else False):
+            best, number = share, n
+    return f"【{number}†{sources[number].title}】" if best >= LEAST_OVERLAP else ""
+
+
+def _shown(records: Iterable[CallRecord]) -> tuple[dict[int, Source], dict[int, tuple[str, bool]]]:
+    """The sources by number, and of each what the model saw: (text, whether it was opened)."""
+    sources: dict[int, Source] = {}
+    shown: dict[int, tuple[str, bool]] = {}
+    for record in records:
+        data = record.observation.data or {}
+        found = sources_in([data])
+        sources |= found
+        for result in data.get("results", ()) if data.get("kind") == "search" else ():
+            shown.setdefault(result["source"], (f"{result['title']} {result['snippet']}", False))
+        if data.get("kind") != "search":
+            for number in found:
+                text = shown[number][0] if number in shown else ""
+                shown[number] = (f"{text} {record.observation.content}", True)
+    return sources, shown
+
+
+def _terms(text: str) -> set[str]:
+    """Numbers, words of three letters and more, and pairs of Chinese characters."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    terms: set[str] = set()
+    for word in WORD.findall(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)):
+        if CJK.search(word):
+            terms |= {word[i : i + 2] for i in range(len(word) - 1)}
+        elif word[0].isdigit() or len(word) > 2:
+            terms.add(word)
+    return terms

@@ -28,14 +28,15 @@ def check() -> None:
 
 def evaluate(
     backend: ChatBackend, folder: Path, name: str, limit: int | None = None, n_parallel: int = 8,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | None = None, guided: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics (see `summary`); results, traces and report.html are left in the folder, where a stopped run goes on."""
     from tqdm import tqdm
 
     check()
     tasks = load_suite(limit)
-    config = RunConfig(n_parallel=n_parallel, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
+    longest = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+    config = RunConfig(n_parallel=n_parallel, guided=guided, **longest)
     done = {mode: [0, 0] for mode in MODES}  # right, all
     with tqdm(total=2 * len(tasks), desc="all-tools", unit="run") as bar:
 

@@ -32,12 +32,16 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """n_parallel: tasks at once. max_new_tokens: of one answer. n_rounds, time_s: answers and time for one task."""
+    """n_parallel: tasks at once. max_new_tokens: of one answer. n_rounds, time_s: answers and time for one task.
+
+    guided: see AgentConfig.
+    """
 
     n_parallel: int = 8
     max_new_tokens: int = 512
     n_rounds: int = 6
     time_s: float = 1200.0
+    guided: bool = False
 
     def __post_init__(self) -> None:
         if self.n_parallel < 1:
@@ -45,7 +49,9 @@ class RunConfig:
         self.agent()
 
     def agent(self) -> AgentConfig:
-        return AgentConfig(n_rounds=self.n_rounds, time_s=self.time_s, tool_time_s=60.0, observation_chars=4000)
+        return AgentConfig(
+            n_rounds=self.n_rounds, time_s=self.time_s, tool_time_s=60.0, observation_chars=4000, guided=self.guided
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,7 @@ def _result(task: AllToolsTask, mode: Mode, outcome: Outcome, cited: Sequence[st
 def _open(folder: Path, config: RunConfig, model: str) -> dict[tuple[str, str], Result]:
     """What the folder holds already. Number of tasks at once and limits of time may change between runs."""
     about = {"task": "all-tools", "model": model, "suite": suite_version(), "max_new_tokens": config.max_new_tokens,
-             "n_rounds": config.n_rounds}  # fmt: skip
+             "n_rounds": config.n_rounds, "guided": config.guided}  # fmt: skip
     path = folder / "about.json"
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():

@@ -1,0 +1,171 @@
+"""A guided agent: the model names its next tool or the answer, sees that tool alone, and cites what it read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openglm.agent.agent import Agent
+from openglm.agent.browser.citations import cited_by_overlap
+from openglm.agent.choice import ANSWER, choice_grammar, choice_messages, chosen
+from openglm.agent.events import AgentConfig, CallRecord, Said
+from openglm.agent.replay import replay
+from openglm.agent.trace import TraceWriter, read_trace
+from openglm.types import Message, Observation, ToolCall, ToolSpec
+from tests.agent_helpers import FakeTool, Scripted, call, collect, outcome_of
+
+GUIDED = AgentConfig(guided=True)
+NUMBER = {"n": {"type": "integer"}}
+
+
+def next_is(name: str) -> str:
+    return json.dumps({"next": name})
+
+
+def tools() -> list[FakeTool]:
+    return [FakeTool("double", lambda a, _: 2 * a["n"], NUMBER), FakeTool("halve", lambda a, _: a["n"] // 2, NUMBER)]
+
+
+def test_choice_call_answer() -> None:
+    model = Scripted(next_is("double"), '{"n": 21}', next_is("answer"), "It is 42.")
+    double, halve = tools()
+    outcome = outcome_of(Agent(model, [double, halve], GUIDED), "What is twice 21?", temperature=0.9)
+    assert (outcome.answer, outcome.stop, outcome.n_rounds) == ("It is 42.", "answer", 2)
+    assert double.calls == [{"n": 21}] and not halve.calls
+    assert [m.role for m in outcome.messages] == ["user", "assistant", "tool", "assistant"]
+    choice, arguments, second, answer = model.asked
+    assert "double" in choice[2]["grammar"].text and choice[2]["temperature"] == 0.0 and not choice[1]
+    assert json.loads(arguments[2]["grammar"].text) == double.spec.parameters and arguments[2]["temperature"] == 0.9
+    assert 'double {"n": 21} gave:\n42' in second[0][-1].content
+    assert not answer[1] and "do not speak of tools" in answer[0][0].content
+
+
+def test_an_answer_at_once_has_no_tools() -> None:
+    model = Scripted(next_is("answer"), "Paris.")
+    assert outcome_of(Agent(model, tools(), GUIDED), "What is the capital of France?").answer == "Paris."
+    assert model.asked[1][1] == [] and [m.role for m in model.asked[1][0]] == ["user"]
+
+
+def test_python_is_written_as_the_model_is_used_to() -> None:
+    """In the model's own words; only where no call comes of them are the arguments drawn."""
+    spec = ToolSpec.of_builtin("python")
+    python = FakeTool("python", lambda a, _: "42")
+    python.spec = spec
+    model = Scripted(next_is("python"), "```python\nprint(6 * 7)\n```", next_is("answer"), "42")
+    assert outcome_of(Agent(model, [python, *tools()], GUIDED), "6 * 7?").answer == "42"
+    assert python.calls == [{"code": "print(6 * 7)"}] and [t.name for t in model.asked[1][1]] == ["python"]
+    python.calls.clear()
+    model = Scripted(next_is("python"), "I will compute it.", '{"code": "6 * 7"}', next_is("answer"), "42")
+    outcome = outcome_of(Agent(model, [python], GUIDED), "6 * 7?")
+    assert python.calls == [{"code": "6 * 7"}] and outcome.messages[1].content == "I will compute it."
+
+
+def test_without_grammars_it_is_not_guided() -> None:
+    model = Scripted(ValueError("no grammars here"), call("double", n=1), "2")
+    outcome = outcome_of(Agent(model, tools(), GUIDED), "go")
+    assert outcome.answer == "2" and len(model.asked) == 3
+    assert [t.name for t in model.asked[1][1]] == ["double", "halve"] and "tools" in model.asked[1][0][0].content
+
+
+def test_a_name_that_is_none_leaves_the_choice_open() -> None:
+    model = Scripted("double", call("double", n=1), "2")  # a backend that ignores grammars
+    assert outcome_of(Agent(model, tools(), GUIDED), "go").answer == "2"
+
+
+def test_the_last_round_answers() -> None:
+    model = Scripted(next_is("double"), '{"n": 1}', "enough")
+    outcome = outcome_of(Agent(model, tools(), AgentConfig(guided=True, n_rounds=2)), "go")
+    assert outcome.answer == "enough" and model.asked[2][1] == []
+
+
+def test_a_system_message_of_the_caller_stays() -> None:
+    model = Scripted(next_is("answer"), "hi")
+    outcome = asyncio.run(_run(Agent(model, tools(), GUIDED), [Message("system", "Be brief."), Message("user", "Hi")]))
+    assert [m.content for m in model.asked[1][0]] == ["Be brief.", "Hi"] and outcome == "hi"
+
+
+async def _run(agent: Agent, messages: list[Message]) -> Any:
+    return [event async for event in agent.run(messages)][-1].outcome.answer
+
+
+def test_replay_of_a_guided_run(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    model = Scripted(next_is("double"), '{"n": 21}', next_is("answer"), "It is 42.")
+    asyncio.run(collect(Agent(model, tools(), GUIDED), "go", trace=TraceWriter(path, "scripted")))
+    assert replay(read_trace(path)) == []
+
+
+# -------------------------------------------------------------------- the question
+
+
+def specs(*names: str) -> list[ToolSpec]:
+    return [ToolSpec(name, f"What {name} does. More of it.", {"type": "object"}) for name in names]
+
+
+def test_examples_are_of_tools_that_are_there() -> None:
+    def named(*names: str) -> set[str]:
+        messages = choice_messages("Who?", specs(*names), [])
+        assert messages[-1] == Message("user", "Who?")
+        return {json.loads(m.content)["next"] for m in messages if m.role == "assistant"}
+
+    assert named("double") == {"double", "answer"}
+    assert named("search", "open_page", "find") == {"search", "open_page", "answer"}
+    assert named("python", "search") == {"python", "search", "answer"}
+    assert named("answer", "python") == {"answer", "python", "reply_to_user"}  # a tool with our word
+
+
+def test_names_of_the_choice() -> None:
+    two = specs("double", "halve")
+    assert chosen(next_is("halve"), two) == "halve" and chosen(next_is("answer"), two) == ANSWER
+    assert [chosen(text, two) for text in ("halve", next_is("third"), "[]", '{"next": 3}', "")] == [None] * 5
+    names = json.loads(choice_grammar(two).text)["properties"]["next"]["enum"]
+    assert names == ["double", "halve", "answer"]
+    own = specs("answer")
+    assert chosen(next_is("answer"), own) == "answer" and chosen(next_is("reply_to_user"), own) == ANSWER
+
+
+# -------------------------------------------------------------------- citations
+
+
+def page(number: int, title: str, text: str, kind: str = "page") -> CallRecord:
+    source = {"number": number, "url": f"http://site/{number}", "title": title}
+    data: dict[str, Any] = {"kind": kind, "source": number, "sources": [source]}
+    if kind == "search":
+        data["results"] = [{"source": number, "title": title, "snippet": text}]
+    return CallRecord(ToolCall("open_page", "{}"), Observation(text, data=data), "done", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mark"),
+    [
+        ("The town had 18,640 inhabitants, according to the page.", "【1†Town】"),
+        ("The mayor is Ingrid Tolvanen.", "【2†Council】"),
+        ("镇长是沈若兰。", "【3†栖云镇】"),
+        ("It had 12,000 inhabitants.", ""),  # a number that stands nowhere
+        ("I could not find anything about that.", ""),
+        ("The mayor is Ingrid Tolvanen 【2†Council】.", ""),  # it cites already
+        ("The mayor is Ingrid Tolvanen [2].", ""),
+        ("", ""),
+    ],
+)
+def test_an_answer_without_a_mark_gets_that_of_its_page(answer: str, mark: str) -> None:
+    records = [
+        page(1, "Town", "Averlund had 18640 inhabitants in 2022."),
+        page(2, "Council", "The mayor of Averlund, Ingrid Tolvanen, was elected.", "search"),
+        page(3, "栖云镇", "现任镇长沈若兰，2021年当选。"),
+    ]
+    question = "Who is the mayor of Averlund? 栖云镇的镇长是谁？ How many people live there?"
+    assert cited_by_overlap(answer, question, records) == mark
+    assert cited_by_overlap(answer, question, []) == ""
+
+
+def test_the_mark_is_said_and_kept() -> None:
+    tool = FakeTool("open_page", lambda *_: page(4, "Library", "Opened in 1911.").observation)
+    model = Scripted(call("open_page"), "It was opened in 1911.")
+    events = asyncio.run(collect(Agent(model, [tool]), "When was the library opened?"))
+    assert events[-1].outcome.answer == "It was opened in 1911.【4†Library】"
+    assert "".join(e.text for e in events if isinstance(e, Said)) == events[-1].outcome.answer
