@@ -31,13 +31,16 @@ def convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for other weights (default: as stored; gguf: float16)")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="ranks to cut shards for (sat; default: 1)")
     p.add_argument("--adapter", metavar="DIR", help="a LoRA (PEFT) to merge")
+    p.add_argument("--text-only", action="store_true", help="the language model of a GLM-4V, without its vision tower")
     p.add_argument("--report", metavar="FILE.html", help="compare both models on --text and write a page about it")
     p.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 texts for the report, such as one a language")
     p.epilog = "A killed conversion continues when the same command is given again."
 
 
 def convert_value(o: argparse.Namespace) -> dict[str, Any]:
-    """What --json prints: path, format, tensors, weight_bytes, continued, method; with --report also report."""
+    """What --json prints: path, format, tensors, weight_bytes, continued, method; with --text-only also left_out and
+    left_out_bytes; with --report also report.
+    """
     from openglm.convert import convert
     from openglm.loading import open_reference, resolve
 
@@ -56,12 +59,14 @@ def convert_value(o: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("two --text files have the same name: the report could not tell them apart")
     calibration = [read_text(name) for name in o.calibration or ()]
     found = convert(
-        open_reference(source, o.adapter), o.target, o.format, spec, o.dtype, o.tp, calibration=calibration
+        open_reference(source, o.adapter), o.target, o.format, spec, o.dtype, o.tp, calibration, o.text_only
     )
     value: dict[str, Any] = {
         "path": str(found.path), "format": o.format, "tensors": found.n_tensors, "weight_bytes": found.n_bytes,
         "continued": found.continued, "method": found.method,
     }  # fmt: skip
+    if o.text_only:
+        value |= {"left_out": found.left_out, "left_out_bytes": found.left_out_bytes}
     if o.report is not None:
         from openglm.quality import compare_models, write_report
 
@@ -94,6 +99,8 @@ def convert_print(value: dict[str, Any]) -> None:
     note = f", rounded by {value['method']}" if value["method"] else ""
     note += ", continued" if value["continued"] else ""
     print(f"{value['path']}: {value['tensors']} tensors, {value['weight_bytes'] / 2**20:,.1f} MiB{note}")
+    if "left_out" in value:
+        print(f"left out: the vision tower, {value['left_out']} tensors, {value['left_out_bytes'] / 2**20:,.1f} MiB")
     for text in value.get("report", {}).get("texts", []):
         print(f"{text['name']}: perplexity {text['source_perplexity']:.3f} -> {text['perplexity']:.3f}, KL divergence "
               f"{text['kl_divergence']:.5f} nats, same top token {100 * text['top1_agreement']:.1f} %")  # fmt: skip

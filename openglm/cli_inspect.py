@@ -68,6 +68,7 @@ def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
     opened = open_random(source) if isinstance(source, str) else open_reference(source, o.adapter).opened
     config, meta, family = opened.config, opened.meta, opened.family
     n_bytes, dtypes = stored_bytes(opened)
+    vision = opened.vision_bytes()
     same = [name for name, known in PRESETS.items() if known == config]
     return {
         "model": str(source),
@@ -79,6 +80,8 @@ def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
         "bytes_by_precision": dtypes,
         "weight_bytes": sum(n_bytes.values()),
         "weight_bytes_by_part": n_bytes,
+        "vision_tensors": len(vision),
+        "vision_bytes": sum(vision.values()),
         "context": config.max_seq_len,
         "kv_bytes_per_token": kv_bytes_per_token(config, 4.0 if list(dtypes) == ["float32"] else 2.0),
         "config": config.to_dict(),
@@ -109,6 +112,8 @@ def inspect_print(value: dict[str, Any]) -> None:
         ("precision", ", ".join(f"{kind} {_size(value['bytes_by_precision'][kind])}" for kind in value["precision"])),
         ("bytes", f"{_size(value['weight_bytes'])}: " + ", ".join(
             f"{part} {_size(n)}" for part, n in value["weight_bytes_by_part"].items() if n)),
+        *[("vision", f"{value['vision_tensors']} tensors, {_size(value['vision_bytes'])}, which are not loaded")
+          for _ in range(value["vision_tensors"] > 0)],
         ("tokenizer", value["tokenizer"] or "none: takes token ids only"),
         ("stop ids", " ".join(f"{i}={names.get(i, '?')}" for i in value["stop_ids"]) or "none"),
         ("chat format", value["chat_format"] or "none: not tuned for chat"),

@@ -138,7 +138,7 @@ def _check_vocabulary(opened: OpenedModel, tokenizer: Tokenizer) -> None:
 def _completed(opened: OpenedModel, tokenizer: Tokenizer | None) -> CheckpointMeta:
     """Special ids from the tokenizer, and what goes around a text that is to be continued, by the family's rule."""
     meta = opened.meta
-    if opened.family == "openglm" or (opened.family == "gguf" and meta.special_ids):  # we wrote it, it is complete
+    if _is_ours(opened):
         return meta
     special = dict(meta.special_ids) if tokenizer is None else {**tokenizer.special_ids, **meta.special_ids}
     meta = dataclasses.replace(meta, special_ids=special, tokenizer=None if tokenizer is None else tokenizer.kind)
@@ -151,9 +151,16 @@ def _completed(opened: OpenedModel, tokenizer: Tokenizer | None) -> CheckpointMe
         start, closing = (tuple(special[n] for n in (name,) if n in special) for name in (begin, end))
         return dataclasses.replace(meta, prompt_prefix=start, prompt_suffix=whole, fill_suffix=closing)
     template = opened.chat_template
+    if meta.prompt_prefix is not None:  # we wrote it
+        return meta
     if whole and (template is None or "[gMASK]<sop>" in template):
         return dataclasses.replace(meta, prompt_prefix=whole)
     return dataclasses.replace(meta, prompt_prefix=() if tokenizer is None else tokenizer.prefix_ids)
+
+
+def _is_ours(opened: OpenedModel) -> bool:
+    """Whether we wrote it, so that its meta is complete."""
+    return opened.family == "openglm" or (opened.family == "gguf" and bool(opened.meta.special_ids))
 
 
 def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None) -> Reference:
@@ -164,7 +171,7 @@ def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | N
     from openglm.formats import detect_format, get_format
 
     name = name or opened.meta.chat_format
-    if name is None and opened.family != "openglm":
+    if name is None and not _is_ours(opened):
         family = {"chatglm-6b": "chatglm-6b", "glm-130b": "glm-130b", "glm-10b": None}
         name = family.get(opened.family, "?")
         if name == "?":

@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openglm.config import GLMConfig, RopeConfig
 from openglm.convert import convert
@@ -26,6 +28,7 @@ from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder
 from openglm.ops.quant import QuantTensor
 from openglm.quant import QuantSpec, quantise
+from openglm.tokenizer import Tokenizer
 
 CAUSAL = GLMConfig(
     vocab_size=96, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, max_seq_len=64,
@@ -66,14 +69,16 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("glm-10b/mp2", "sat", {"tp": 1}), ("glm-10b/mp1", "sat", {"tp": 4}), ("glm-10b/mp1", "openglm", {}),
     ("chatglm-6b", "openglm", {}), ("chatglm-6b/int8", "openglm", {}), ("chatglm2-6b/int4", "openglm", {}),
     ("chatglm2-6b", "hf", {}), ("codegeex2-6b", "hf", {}), ("glm-4-9b", "hf", {}),
+    ("glm-130b/mp1-int4", "sat", {"tp": 4}), ("glm-130b/mp1-int8", "sat", {"tp": 2}),
+    ("chatglm3-6b", "gguf", {}), ("glm-4-9b", "gguf", {"dtype": "bfloat16"}), ("chatglm2-6b", "gguf", {}),
 ])  # fmt: skip
 def test_out_and_back_is_bit_identical(
     shared_data: Path, tmp_path: Path, source: str, format: Any, options: dict[str, Any]
 ) -> None:
-    path = shared_data / "golden" / source
-    convert(bare(path), tmp_path / "out", format, **options)
-    assert_same(open_model(path), open_model(tmp_path / "out"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    path, out = shared_data / "golden" / source, tmp_path / ("out.gguf" if format == "gguf" else "out")
+    convert(bare(path), out, format, **options)
+    assert_same(open_model(path), open_model(out))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_there_and_back_through_hugging_face(causal: Path, tmp_path: Path) -> None:
@@ -82,6 +87,36 @@ def test_there_and_back_through_hugging_face(causal: Path, tmp_path: Path) -> No
     assert_same(open_model(causal), open_model(tmp_path / "ours"))
     meta = open_model(tmp_path / "ours").meta
     assert meta.stop_ids == (90,) and meta.generation == {"temperature": 0.5, "top_p": 0.8}
+
+
+def test_what_hugging_face_has_no_place_for_travels(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """And generation defaults of every kind, also of a greedy model."""
+    special = tiny_tokenizer.special_ids
+    config = replace(CAUSAL, vocab_size=tiny_tokenizer.vocab_size)
+    for generation in ({"temperature": 0.6, "min_p": 0.1, "top_k": 9, "max_new_tokens": 77, "presence_penalty": 0.5},
+                       {"temperature": 0.0, "repetition_penalty": 1.1, "max_new_tokens": 5}):  # fmt: skip
+        meta = CheckpointMeta(special, (special["<|user|>"],), "glm-4", tiny_tokenizer.kind, generation, {"steps": 3},
+                              prompt_prefix=(special["<sop>"],))  # fmt: skip
+        ours, hf = (tmp_path / f"{name}-{len(generation)}" for name in ("ours", "hf"))
+        save_checkpoint(ours, init_weights(Transformer(config), seed=1), config, meta, tiny_tokenizer.files)
+        convert(open_reference(ours), hf, "hf")
+        wanted, found = open_reference(ours).meta, open_reference(hf).meta
+        assert found == replace(wanted, tokenizer="json") and wanted.chat_format == "glm-4"
+
+
+def test_gguf_keeps_what_stands_in_front_of_a_text(shared_data: Path, tmp_path: Path) -> None:
+    """[gMASK] <sop>, which the format has one field for (the begin token), and a chat format of no template."""
+    tokenizer = Tokenizer.load(shared_data / "tokenizers" / "chatglm3")
+    config = replace(CAUSAL, vocab_size=tokenizer.vocab_size, n_layers=1)
+    meta = CheckpointMeta(tokenizer.special_ids, (2,), "chatglm3", tokenizer.kind, prompt_prefix=tokenizer.prefix_ids)
+    save_checkpoint(tmp_path / "a", init_weights(Transformer(config), seed=1), config, meta, tokenizer.files)
+    convert(open_reference(tmp_path / "a"), tmp_path / "a.gguf", "gguf", QuantSpec.parse("int8"))
+    convert(open_reference(tmp_path / "a.gguf"), tmp_path / "b")
+    convert(open_reference(tmp_path / "b"), tmp_path / "b.gguf", "gguf", QuantSpec.parse("int8"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    found = open_reference(tmp_path / "b")
+    assert found.tokenizer is not None and found.tokenizer.prefix_ids == tokenizer.prefix_ids == (64790, 64792)
+    assert found.meta == open_reference(tmp_path / "a").meta
 
 
 @pytest.mark.parametrize("kind", ["glm", "glm4", "llama", "qwen2"])
@@ -295,6 +330,50 @@ def test_refused(
     with pytest.raises(ValueError, match=words):
         convert(bare(shared_data / "golden" / source), tmp_path / "out", format, **options)
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_a_vision_tower_is_not_lost_in_silence(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "golden" / "glm-4v-9b"
+    tensors = {n: t for path in source.glob("*.safetensors") for n, t in load_file(path).items() if ".vision." in n}
+    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    for format in ("openglm", "hf", "gguf"):
+        out = tmp_path / ("v.gguf" if format == "gguf" else format)
+        with pytest.raises(ValueError, match=rf"{len(tensors)} tensors, {n_bytes:,} bytes.*--text-only"):
+            convert(bare(source), out, format)
+        assert not out.exists()
+        found = convert(bare(source), out, format, dtype="bfloat16", text_only=True)
+        assert (found.left_out, found.left_out_bytes) == (len(tensors), n_bytes) and n_bytes > 0
+        assert_same(open_model(source), open_model(out))
+    with pytest.raises(ValueError, match="has no vision tower"):
+        convert(bare(tmp_path / "openglm"), tmp_path / "again", text_only=True)
+
+
+@pytest.mark.parametrize("row", [0, 37])
+def test_a_head_that_is_no_copy_of_the_embedding_is_not_lost_in_silence(tmp_path: Path, row: int) -> None:
+    """Row 0 is among those that are compared when a checkpoint is opened, row 37 is not."""
+    config = replace(CAUSAL, tie_embeddings=True, vocab_size=256)
+    save_checkpoint(tmp_path / "ours", init_weights(Transformer(config), seed=1), config, CheckpointMeta())
+    convert(bare(tmp_path / "ours"), tmp_path / "hf", "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    convert(bare(tmp_path / "hf"), tmp_path / "again", "hf")
+    assert_same(open_model(tmp_path / "hf"), open_model(tmp_path / "again"))
+    tensors["lm_head.weight"][row, 3] += 1
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="lm_head.weight, which differs from the embedding"):
+        convert(bare(tmp_path / "hf"), tmp_path / "lost", "hf")
+    if row == 0:
+        with pytest.raises(ValueError, match="lm_head.weight, which differs from the embedding"):
+            open_model(tmp_path / "hf")
+
+
+def test_a_tensor_that_is_not_of_our_model_is_refused(causal: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(causal, tmp_path / "model")
+    save_file(load_file(folder / "model.safetensors") | {"extra.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no use for: extra\.weight"):
+        open_model(folder)
 
 
 def test_an_existing_target_is_kept(causal: Path, tmp_path: Path) -> None:

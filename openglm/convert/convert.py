@@ -24,7 +24,8 @@ from openglm.convert.plan import Plan, write_shards
 from openglm.convert.released import to_hf, to_sat
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG, MANIFEST, VERSION
-from openglm.model.opened import OpenedModel
+from openglm.model.gguf import VECTOR_TYPES, GgufSource
+from openglm.model.opened import OpenedModel, check_tied_head
 from openglm.model.transformer import Transformer
 from openglm.model.writer import OutputFolder, named_tensors
 from openglm.quant import QuantSpec
@@ -42,7 +43,8 @@ GGUF_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"
 class Converted:
     """path: what was written. n_bytes: of its weights. continued: an earlier, killed conversion was gone on with.
 
-    method: how weights were rounded, None where none were.
+    method: how weights were rounded, None where none were. left_out: tensors of a vision tower that stayed behind, and
+    left_out_bytes.
     """
 
     path: Path
@@ -50,6 +52,8 @@ class Converted:
     n_tensors: int
     continued: bool
     method: str | None = None
+    left_out: int = 0
+    left_out_bytes: int = 0
 
 
 def convert(
@@ -60,12 +64,14 @@ def convert(
     dtype: str | None = None,
     tp: int = 1,
     calibration: Sequence[str] = (),
+    text_only: bool = False,
 ) -> Converted:
     """Write a checkpoint in another form. Raises ValueError in one line for what that form cannot hold.
 
     spec: quantise while converting (openglm, sat by whole rows, gguf as Q4_0 or Q8_0). dtype: of floating-point
     weights, default as stored (gguf: float16). tp: ranks to cut for (sat). calibration: texts for gptq and awq, which
-    run the model one block at a time; default the package's own, English and Chinese.
+    run the model one block at a time; default the package's own, English and Chinese. text_only: leave out the vision
+    tower of a GLM-4V, which no format here holds; without it such a model is refused.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -82,12 +88,14 @@ def convert(
     opened = reference.opened
     if opened.kv_prefix is not None:
         raise ValueError("a P-Tuning v2 prefix cannot be merged into weights: keep it as --adapter")
+    vision = _left_behind(opened, text_only)
+    check_tied_head(opened)
     if spec is not None and opened.config.tie_embeddings and spec.head and spec.head != spec.embeddings:
         raise ValueError("embedding and head of this model are one matrix: choose its form with --embeddings")
     shapes = {n: tuple(t.shape) for n, t in Transformer(opened.config, device="meta").state_dict().items()}
     plan = Plan(opened, spec, DTYPES[dtype] if dtype else None, shapes)
     if format == "gguf":
-        return _to_gguf(reference, Path(target), plan)
+        return replace(_to_gguf(reference, Path(target), plan), **vision)
     ids = None
     if spec is not None and spec.calibrated and format == "openglm":
         ids = _calibration_ids(reference, spec, calibration)
@@ -108,7 +116,22 @@ def convert(
         raise
     n_bytes = sum(entry["bytes"] for entry in out.sums.values() if entry["tensors"])
     out.commit()
-    return Converted(Path(target), n_bytes, n_tensors, out.continued, None if spec is None else spec.method)
+    method = None if spec is None else spec.method
+    return Converted(Path(target), n_bytes, n_tensors, out.continued, method, **vision)
+
+
+def _left_behind(opened: OpenedModel, text_only: bool) -> dict[str, Any]:
+    """left_out and left_out_bytes of `Converted`. Raises ValueError for a vision tower that nobody gave up."""
+    sizes = opened.vision_bytes()
+    n_bytes = sum(sizes.values())
+    if sizes and not text_only:
+        raise ValueError(
+            f"{opened.path} has a vision tower ({len(sizes)} tensors, {n_bytes:,} bytes), which would be lost: "
+            "--text-only converts the language model alone"
+        )
+    if text_only and not sizes:
+        raise ValueError(f"{opened.path} has no vision tower: leave out --text-only")
+    return {"left_out": len(sizes), "left_out_bytes": n_bytes}
 
 
 def _sources(opened: OpenedModel) -> dict[str, Any]:
@@ -179,9 +202,20 @@ def _to_gguf(reference: Reference, target: Path, plan: Plan) -> Converted:
     if fields is None:
         fields = {} if reference.tokenizer is None else gguf_tokenizer_fields(reference.tokenizer)
     identity = {"format": "gguf", "type": type, **_sources(opened)}
-    with GgufOutput(target, opened.config, reference.meta, fields, type, opened.chat_template, identity) as out:
+    with GgufOutput(
+        target, opened.config, reference.meta, fields, type, opened.chat_template, identity, _vector_type(plan)
+    ) as out:
         for name in tqdm(names, desc="convert", unit="tensor", delay=2, leave=False):
             if name not in out.done:
                 out.add(name, plan.weight(name))
         out.commit()
     return Converted(target, target.stat().st_size, len(names), out.continued)
+
+
+def _vector_type(plan: Plan) -> str | None:
+    """The half-precision type that all norms and biases have, if they have one."""
+    source = plan.opened.source
+    if isinstance(source, GgufSource):
+        return source.vector_type
+    kinds = {kind for name, kind, _ in plan.opened.stored() if len(plan.shapes[name]) == 1}
+    return kinds.pop() if len(kinds) == 1 and kinds <= VECTOR_TYPES.keys() else None

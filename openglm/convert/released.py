@@ -35,18 +35,20 @@ __all__ = ["to_hf", "to_sat"]
 
 
 def to_hf(reference: Reference, out: OutputFolder, plan: Plan) -> int:
-    """Weights, configs and tokenizer for transformers. Quantised weights become plan.dtype, default bfloat16."""
+    """Weights, configs and tokenizer for transformers. Quantised weights become plan.dtype, default the norms'."""
     opened = plan.opened
+    kind_of_norms = floats(plan.weight("norm.weight")).dtype
+    dtype = plan.dtype or (kind_of_norms if kind_of_norms.itemsize == 2 else torch.bfloat16)
     kind, family = hf_architecture(opened.config, opened.family)
 
     def tensors(ours: str) -> Iterator[tuple[str, Tensor]]:
-        weight = floats(plan.weight(ours), plan.dtype or torch.bfloat16)
+        weight = floats(plan.weight(ours), dtype)
         for name, part in export_weights(FAMILIES[family], opened.config, [(ours, weight)]):
             assert isinstance(part, Tensor)
             yield name, part.contiguous()
 
     n_tensors = write_shards(out, plan, tensors)
-    stored = plan.dtype or floats(plan.weight("layers.0.attn.out.weight"), torch.bfloat16).dtype
+    stored = floats(plan.weight("layers.0.attn.out.weight"), dtype).dtype
     texts = {
         CONFIG: hf_config(opened.config, reference.meta, kind, dtype_name(stored)),
         "generation_config.json": generation_config(reference.meta),

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
 
-__all__ = ["generation_config", "hf_architecture", "hf_config"]
+__all__ = ["generation_config", "hf_architecture", "hf_config", "our_fields"]
 
 CLASSES = {"glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+OUR_KEY = "openglm"  # of config.json: the fields of our meta that Hugging Face has no place for
+OUR_FIELDS = ("chat_format", "description", "prompt_prefix")
 FAMILY_OF = {"glm": "hf-glm", "glm4": "hf-glm4", "llama": "hf-llama", "qwen2": "hf-llama"}
 
 
@@ -65,7 +68,15 @@ def hf_config(config: GLMConfig, meta: CheckpointMeta, kind: str, dtype: str) ->
         value["rope_scaling"] = {"rope_type": "linear", "factor": rope.position_scale}
     value["eos_token_id"] = list(meta.stop_ids) or None
     value["pad_token_id"] = _pad(meta)
+    value[OUR_KEY] = {name: found for name in OUR_FIELDS if (found := getattr(meta, name)) not in (None, {})}
     return value
+
+
+def our_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of CheckpointMeta that `hf_config` has put into a config.json."""
+    found = config.get(OUR_KEY)
+    kept = {n: found[n] for n in OUR_FIELDS if n in found} if isinstance(found, dict) else {}
+    return {n: tuple(value) if isinstance(value, list) else value for n, value in kept.items()}
 
 
 def _pad(meta: CheckpointMeta) -> int | None:
@@ -77,6 +88,6 @@ def generation_config(meta: CheckpointMeta) -> dict[str, Any]:
     value: dict[str, Any] = {"eos_token_id": list(meta.stop_ids) or None, "pad_token_id": _pad(meta)}
     sampling = dict(meta.generation)
     if sampling.get("temperature", 1.0) == 0.0:
-        kept = {k: v for k, v in sampling.items() if k in ("repetition_penalty", "max_new_tokens")}
+        kept = {k: v for k, v in sampling.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
         return value | kept | {"do_sample": False}
     return value | sampling | ({"do_sample": True} if "temperature" in sampling else {})

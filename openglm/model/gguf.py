@@ -27,12 +27,14 @@ from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import Weight
 from openglm.ops.rope import inverse_frequencies, llama3_divisors
 
-__all__ = ["ARCHITECTURES", "GgufModel", "GgufSource", "family_of", "open_gguf"]
+__all__ = ["ARCHITECTURES", "VECTOR_TYPES", "GgufModel", "GgufSource", "family_of", "open_gguf"]
 
 ARCHITECTURES: dict[str, Rotary] = {"chatglm": "adjacent", "glm4": "adjacent", "llama": "adjacent", "qwen2": "half"}
 TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
 META_KEY = "openglm.meta"
+VECTORS_KEY = "openglm.vector_type"  # of norms and biases before they became F32, which llama.cpp wants them in
 ROPE_FREQS = "rope_freqs.weight"  # what each rotary frequency is divided by
+VECTOR_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Names under which released vocabularies hold tokens that end an answer, besides the ids in the metadata.
 STOP_TOKENS = {
     "chatglm": ("<|endoftext|>", "<|user|>", "<|observation|>"),
@@ -67,6 +69,9 @@ class GgufSource:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
+        self.vector_type: str | None = file.fields.get(VECTORS_KEY)
+        if self.vector_type not in (None, *VECTOR_TYPES):
+            raise ValueError(f"{file.path} has damaged metadata ({VECTORS_KEY}): fetch it again")
 
     def names(self) -> Iterable[str]:
         return self.file.tensors.keys()
@@ -82,6 +87,8 @@ class GgufSource:
         entry = self.file.tensors[name]
         weight = decode(entry.type, self.file.bytes_of(name), entry.shape)
         self.file.release(name)
+        if isinstance(weight, Tensor) and len(entry.shape) == 1 and self.vector_type is not None:
+            return weight.to(VECTOR_TYPES[self.vector_type])
         return weight
 
     def matrix(self, name: str, order: Tensor | None = None) -> GgufMatrix | None:

@@ -46,6 +46,8 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     fields[PREFIX + "add_bos_token"] = len(prefix) == 1  # GLM's two are written by the chat template
     if prefix:
         fields[PREFIX + "bos_token_id"] = prefix[0]
+    if len(prefix) > 1:
+        fields[PREFIX + "prefix_ids"] = prefix  # ours alone, for the way back
     return fields
 
 

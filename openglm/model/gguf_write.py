@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CheckpointMeta
-from openglm.model.gguf import META_KEY, ROPE_FREQS, SAMPLING, TOP, family_of
+from openglm.model.gguf import META_KEY, ROPE_FREQS, SAMPLING, TOP, VECTORS_KEY, family_of
 from openglm.model.gguf_file import ARRAY, MAGIC, SCALARS, STRING
 from openglm.model.gguf_tokenizer import padded_tokens
 from openglm.model.gguf_types import TYPES, encode, kept_type
@@ -100,10 +100,12 @@ class GgufOutput:
         type: str = "F16",
         chat_template: str | None = None,
         identity: Mapping[str, Any] | None = None,
+        vectors: str | None = None,
     ) -> None:
         """type: of the matrices: F32, F16, BF16, Q8_0 or Q4_0 (then the output matrix is Q8_0). With Q8_0 and Q4_0 a
         weight that is quantised in a form GGUF has (groups of 32) is kept bit for bit, and rows that do not split into
-        groups of 32 become F16. Norms and biases are F32.
+        groups of 32 become F16. Norms and biases are F32; vectors: float16 or bfloat16, which they were and are read
+        as again.
         Raises ValueError for a config that GGUF cannot express. An existing file is replaced by `commit`.
         """
         if type not in FILE_TYPES:
@@ -116,6 +118,8 @@ class GgufOutput:
         fields = _fields(architecture, config, meta, type) | padded_tokens(tokenizer_fields, config.vocab_size)
         if chat_template is not None:
             fields["tokenizer.chat_template"] = chat_template
+        if vectors is not None:
+            fields[VECTORS_KEY] = vectors
         header = MAGIC + struct.pack("<IQQ", VERSION, len(names), len(fields))
         header += b"".join(_string(key) + _value(value) for key, value in fields.items())
         # Every matrix has two dimensions, everything else one: the table's size is known before its contents.

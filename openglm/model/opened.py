@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,28 @@ from torch import Tensor
 
 from openglm.config import GLMConfig
 from openglm.model.checkpoint import CONFIG, MANIFEST, CheckpointMeta, read_config
+from openglm.model.export import our_fields
 from openglm.model.gguf import GgufSource, open_gguf
-from openglm.model.released import KNOWN, ignorable, read_json, released_config, sat_config
+from openglm.model.released import (
+    KNOWN,
+    ignorable,
+    is_tied_head,
+    is_vision,
+    read_json,
+    released_config,
+    sat_config,
+)
 from openglm.model.sat import SatSource, find_shards
-from openglm.model.sources import FileSource, Source, describe, dtype_name, open_files, read_thudm_quant
+from openglm.model.sources import FileSource, Source, TensorInfo, describe, dtype_name, open_files, read_thudm_quant
 from openglm.model.transformer import Transformer
 from openglm.model.weights import FAMILIES, Family, import_parts, names_of, part_orders
 from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import QuantParts, QuantTensor, Weight
 
-__all__ = ["OpenedModel", "QuantisedSource", "open_model"]
+__all__ = ["OpenedModel", "QuantisedSource", "check_tied_head", "open_model"]
+
+CHECKED_ROWS = 64  # of a matrix that should be a copy of another, when a checkpoint is opened
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,11 @@ class OpenedModel:
         """(our name, weight) of every tensor, read one at a time."""
         for name in self.names():
             yield name, self.get(name)
+
+    def vision_bytes(self) -> dict[str, int]:
+        """Bytes by the checkpoint's name of every tensor of a vision tower: the language model does without them."""
+        names = [name for name in self.source.names() if is_vision(name)]
+        return {name: sum(n for _, n in self.source.stored(name)) for name in names}
 
     def stored(self) -> Iterator[tuple[str, str, int]]:
         """(our name, type as the files name it, bytes) of everything that is stored, from the headers alone."""
@@ -187,7 +204,10 @@ def _open_ours(path: Path) -> OpenedModel:
         raise ValueError(f"{path} has no {MANIFEST}: the copy is incomplete; fetch it again")
     template = path / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else None
-    return OpenedModel(path, "openglm", config, meta, QuantisedSource(open_files(path)), None, text)
+    source = QuantisedSource(open_files(path))
+    opened = OpenedModel(path, "openglm", config, meta, source, None, text)
+    _check_names(opened, frozenset(source.names()))
+    return opened
 
 
 def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
@@ -210,6 +230,7 @@ def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
         path, family, config, _released_meta(path, head, family), source, FAMILIES[family], _template(path)
     )
     _check_names(opened, names)
+    check_tied_head(opened, CHECKED_ROWS)
     return opened
 
 
@@ -246,6 +267,35 @@ def _check_names(opened: OpenedModel, names: frozenset[str]) -> None:
         raise ValueError(f"{opened.path} holds tensors that this architecture has no use for: {describe(left)}")
 
 
+def check_tied_head(opened: OpenedModel, n_rows: int | None = None) -> None:
+    """What stands where the output matrix would be must be a copy of the embedding, or it would be lost in silence.
+
+    n_rows: how many rows, evenly spread, to compare; None: all. Raises ValueError where they differ.
+    """
+    tensors = opened.source.files.tensors if isinstance(opened.source, QuantisedSource) else {}
+    for name in filter(lambda name: is_tied_head(name, opened.config), tensors):
+        if not _same_rows(tensors[name], tensors[opened.names()["embed.weight"][0]], n_rows):
+            raise ValueError(
+                f"{opened.path} holds {name}, which differs from the embedding although this model has one matrix for "
+                f"both: in {CONFIG} tie_word_embeddings must be false, or the tensor does not belong here"
+            )
+
+
+def _same_rows(a: TensorInfo, b: TensorInfo, n_rows: int | None) -> bool:
+    if a.shape != b.shape:
+        return False
+    total = a.shape[0]
+    step, count = (ROWS_AT_ONCE, ROWS_AT_ONCE) if n_rows is None else (max(1, total // n_rows), 1)
+    spans = ((first, min(count, total - first)) for first in range(0, total, step))
+    return all(torch.equal(_rows(a, *span), _rows(b, *span)) for span in spans)
+
+
+def _rows(info: TensorInfo, first: int, count: int) -> Tensor:
+    """Some rows of a matrix in float32; the others are not read."""
+    offset = info.offset + first * (info.n_bytes // info.shape[0])
+    return replace(info, offset=offset, shape=(count, *info.shape[1:])).read().float()
+
+
 # -------------------------------------------------------------------- what travels
 
 
@@ -262,15 +312,17 @@ def _released_meta(path: Path, head: Mapping[str, Any], family: str) -> Checkpoi
             "[MASK]": head.get("mask_token_id", sop - 4), "[gMASK]": head.get("gmask_token_id", sop - 3),
             "<sop>": sop, "<eop>": head.get("eos_token_id", sop + 1),
         }  # fmt: skip
-    return CheckpointMeta(special, stop_ids, generation=_generation(generation))
+    return CheckpointMeta(special, stop_ids, generation=_generation(generation), **our_fields(head))
 
 
 def _generation(values: Mapping[str, Any]) -> dict[str, Any]:
     """SamplingParams fields from a generation_config.json."""
-    kept = {k: values[k] for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if values.get(k)}
+    sampling = ("temperature", "top_k", "top_p", "min_p")
+    others = ("repetition_penalty", "frequency_penalty", "presence_penalty", "max_new_tokens", "min_new_tokens")
+    kept = {name: values[name] for name in others if values.get(name)}
     if values.get("do_sample") is False:
-        kept = {k: v for k, v in kept.items() if k == "repetition_penalty"} | {"temperature": 0.0}
-    return kept
+        return kept | {"temperature": 0.0}
+    return kept | {name: values[name] for name in sampling if values.get(name)}
 
 
 def _sat_special_ids(args: Mapping[str, Any], family: str, config: GLMConfig) -> dict[str, int]:

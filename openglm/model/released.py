@@ -16,7 +16,7 @@ from typing import Any
 
 from openglm.config import GLMConfig, RopeConfig
 
-__all__ = ["KNOWN", "ignorable", "read_json", "released_config", "sat_config"]
+__all__ = ["KNOWN", "ignorable", "is_tied_head", "is_vision", "read_json", "released_config", "sat_config"]
 
 KNOWN = (
     "ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2, GLM-4-9B, GLM-4V-9B (text) and CodeGeeX4 as released "
@@ -220,11 +220,24 @@ def sat_config(args: Mapping[str, Any], names: frozenset[str], shape: Shape) -> 
 
 
 def ignorable(name: str, config: GLMConfig) -> bool:
-    """Tensors of released files that the model needs not: tables recomputed, copies of a tied head, other modules."""
+    """Tensors of released files that the language model needs not: tables recomputed, copies of a tied head (checked by
+    `opened`), other parts.
+    """
     return (
         name.endswith("rotary_emb.inv_freq")
         or name == "transformer.rotary_pos_emb.inv_freq"
         or name.endswith(".attention.masked_bias")
-        or name.startswith(("transformer.vision.", "transformer.prefix_encoder."))
-        or (config.tie_embeddings and name in ("lm_head.weight", "transformer.output_layer.weight"))
+        or name.startswith("transformer.prefix_encoder.")
+        or is_vision(name)
+        or is_tied_head(name, config)
     )
+
+
+def is_vision(name: str) -> bool:
+    """Whether a tensor is of GLM-4V's vision tower."""
+    return name.startswith("transformer.vision.")
+
+
+def is_tied_head(name: str, config: GLMConfig) -> bool:
+    """Whether a tensor stands where the output matrix would be, of a model that has none but its embedding."""
+    return config.tie_embeddings and name in ("lm_head.weight", "transformer.output_layer.weight")

@@ -127,7 +127,14 @@ def join(parts: list[Weight], rule: Rule) -> Weight:
         size = parts[0].shape[0] // n
         pieces = [_rows(p, slice(i * size, (i + 1) * size)) for i in range(n) for p in parts]
         return _cat(pieces, 0)
-    return _cat(parts, 1 if rule == "columns" else 0)
+    return _one_scale(_cat(parts, 1)) if rule == "columns" else _cat(parts, 0)
+
+
+def _one_scale(weight: Weight) -> Weight:
+    """One scale a row where all ranks have the same: they were cut from a matrix that was quantised whole."""
+    if isinstance(weight, QuantTensor) and (weight.scale == weight.scale[:, :1]).all():
+        return QuantTensor(weight.q, weight.scale[:, :1].contiguous())
+    return weight
 
 
 def cut(name: str, weight: Weight, family: str, n_ranks: int) -> list[Weight]:

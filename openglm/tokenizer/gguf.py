@@ -75,6 +75,8 @@ def _need(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _prefix_ids(fields: Mapping[str, Any], n: int, model: str) -> list[int]:
+    if PREFIX + "prefix_ids" in fields:  # we wrote it
+        return list(fields[PREFIX + "prefix_ids"])
     default = model == "llama" or fields.get(PREFIX + "pre") in GGUF_ADDS_BOS
     adds = fields.get(PREFIX + "add_bos_token")
     bos = fields.get(PREFIX + "bos_token_id")
