@@ -193,3 +193,19 @@ def test_phone_width_both_languages(desks: DeskMaker, theme: str) -> None:
     for summary in page.locator(".tool summary").all():
         summary.tap()
     assert desk.wide_by() <= 0
+
+
+def test_a_user_may_want_to_be_asked_before_every_call(desk: Desk) -> None:
+    page = desk.page
+    page.click("#all-tools")
+    page.click("#open-settings")
+    choice = page.get_by_role("group", name="Calls")
+    assert choice.locator("[aria-pressed=true]").inner_text() == "Run at once"
+    choice.get_by_role("button", name="Ask me first").click()
+    page.keyboard.press("Escape")
+    desk.reload()
+    desk.ask("agent", wait=False)
+    page.wait_for_selector(".approval button")
+    assert desk.asked()[-1]["tools"] == [{"type": "all_tools", "approval": "ask"}]
+    page.get_by_role("button", name="Deny").click()
+    desk.finished(0)

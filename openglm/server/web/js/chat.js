@@ -110,7 +110,8 @@ export class ChatView {
         this.app.save(conversation);
       }
     };
-    const options = { sampling: this.app.settings.sampling, allTools: this.app.allTools(), onChange };
+    const { sampling, askTools } = this.app.settings;
+    const options = { sampling, allTools: this.app.allTools(), askTools, onChange };
     const message = await answer(conversation, parent, options);
     this.app.save(conversation);
     if (this.conversation !== conversation) return this.app.changed(conversation);

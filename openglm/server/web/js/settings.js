@@ -30,7 +30,7 @@ export class SettingsDrawer {
     const close = iconButton("close", t("close"), () => this.dialog.close());
     this.dialog.replaceChildren(h("div", { class: "inner" },
       h("header", {}, h("h2", { id: "settings-title", text: t("settings") }), close),
-      this.systemPrompt(), this.sampling(), this.appearance(), this.kept(), this.aboutModel()));
+      this.systemPrompt(), this.sampling(), this.tools(), this.appearance(), this.kept(), this.aboutModel()));
   }
 
   systemPrompt() {
@@ -84,27 +84,39 @@ export class SettingsDrawer {
     return h("div", { class: "field" }, h("label", { for: id, text: t(name) }), input);
   }
 
+  choice(name, values, current, pick) {
+    const buttons = values.map(([value, label]) =>
+      h("button", {
+        type: "button", "aria-pressed": String(value === current), text: label,
+        on: {
+          click: (event) => {
+            for (const other of event.currentTarget.parentElement.children) other.setAttribute("aria-pressed", "false");
+            event.currentTarget.setAttribute("aria-pressed", "true");
+            pick(value);
+          },
+        },
+      }));
+    return h("div", { class: "field" }, h("span", { id: `choice-${name}`, text: t(name) }),
+      h("div", { class: "choice", role: "group", "aria-labelledby": `choice-${name}` }, ...buttons));
+  }
+
+  /** Whether each call waits for the user, where the server has tools. */
+  tools() {
+    if (!this.app.model()?.all_tools) return null;
+    const values = [[false, t("toolsRun")], [true, t("toolsAsk")]];
+    return h("section", {}, h("h3", { text: t("allTools") }),
+      this.choice("toolCalls", values, this.app.settings.askTools, (value) => {
+        this.app.settings.askTools = value;
+        this.app.saveSettings();
+      }));
+  }
+
   appearance() {
     const { settings } = this.app;
-    const choice = (name, values, current, pick) => {
-      const buttons = values.map(([value, label]) =>
-        h("button", {
-          type: "button", "aria-pressed": String(value === current), text: label,
-          on: {
-            click: (event) => {
-              for (const other of event.currentTarget.parentElement.children) other.setAttribute("aria-pressed", "false");
-              event.currentTarget.setAttribute("aria-pressed", "true");
-              pick(value);
-            },
-          },
-        }));
-      return h("div", { class: "field" }, h("span", { id: `choice-${name}`, text: t(name) }),
-        h("div", { class: "choice", role: "group", "aria-labelledby": `choice-${name}` }, ...buttons));
-    };
     const themes = ["auto", "light", "dark"].map((value) => [value, t(`theme_${value}`)]);
     return h("section", {}, h("h3", { text: t("appearance") }),
-      choice("theme", themes, settings.theme, this.app.setTheme),
-      choice("language", [["en", "English"], ["zh", "中文"]], settings.language, (value) => {
+      this.choice("theme", themes, settings.theme, this.app.setTheme),
+      this.choice("language", [["en", "English"], ["zh", "中文"]], settings.language, (value) => {
         this.app.setLanguage(value);
         this.draw();
       }));

@@ -77,7 +77,7 @@ export const remove = (id) => write((table) => table.delete(id), id);
 // ---------------------------------------------------------------- settings
 
 const SETTINGS = "openglm-settings";
-const DEFAULTS = { theme: "auto", language: "", sampling: {}, system: "", allTools: false };
+const DEFAULTS = { theme: "auto", language: "", sampling: {}, system: "", allTools: false, askTools: false };
 
 export function loadSettings() {
   try {

@@ -25,11 +25,11 @@ export function samplingFields(sampling) {
  * Answer the message `parent`. onChange(message) is called whenever the answer has grown.
  * Resolves to the message; errors are kept in it: finish is "stop", "length", "stopped" (by the user) or "error".
  */
-export async function answer(conversation, parent, { sampling, allTools, onChange }) {
+export async function answer(conversation, parent, { sampling, allTools, askTools, onChange }) {
   const controller = new AbortController();
   const request = { messages: toRequest(conversation, parent), ...samplingFields(sampling) };
   if (allTools) {
-    request.tools = [{ type: "all_tools" }];
+    request.tools = [{ type: "all_tools", ...(askTools && { approval: "ask" }) }];
     request.conversation = conversation.id; // its variables, pages and files stay between answers
     const ids = (find(conversation, parent).files ?? []).map((file) => file.id).filter(Boolean);
     if (ids.length) request.files = ids;
