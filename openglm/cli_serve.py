@@ -24,7 +24,10 @@ from openglm.cli_tools import toolbox_config
 if TYPE_CHECKING:
     from openglm.server.config import ServeConfig
 
-__all__ = ["bench_serve_options", "bench_serve_print", "bench_serve_value", "serve", "serve_options"]
+__all__ = [
+    "bench_serve_options", "bench_serve_print", "bench_serve_value", "serve", "serve_config", "serve_options",
+    "served_name",
+]  # fmt: skip
 
 KEYS_VARIABLE = "OPENGLM_API_KEY"
 
@@ -73,10 +76,11 @@ def serve(o: argparse.Namespace) -> int:
             from openglm.agent.images_open import open_images
 
             images = open_images(o.image_model, o.device)
-        return run(lambda: load_model(o), _config(o), _name_of(o.model), listener, images)
+        return run(lambda: load_model(o), serve_config(o), served_name(o.model), listener, images)
 
 
-def _config(o: argparse.Namespace) -> ServeConfig:
+def serve_config(o: argparse.Namespace) -> ServeConfig:
+    """What the options say. Raises ValueError for numbers and keys that cannot be."""
     from openglm.engine.options import EngineOptions
     from openglm.server.config import ServeConfig
 
@@ -100,7 +104,7 @@ def _agent_settings(o: argparse.Namespace) -> dict[str, Any]:
     return {"toolbox": toolbox_config(o, o.all_tools), "agent": agent_config(o), "trace_dir": trace_dir}
 
 
-def _name_of(reference: str | None) -> str:
+def served_name(reference: str | None) -> str:
     """random:glm-edge-1.5b?n_layers=2 -> glm-edge-1.5b, path/model.gguf -> model."""
     if reference is None:
         return "glm-nano"

@@ -279,6 +279,21 @@ def test_a_key_is_asked_for_where_there_is_one() -> None:
         asyncio.run(mcp_server.serve_http(ToolServer(boxed(note)), 0, "0.0.0.0"))
 
 
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_clients_that_name_no_conversation_have_a_state_each(mode: Any) -> None:
+    """The SDK's own client; "auto" would take the version of the protocol that has no sessions."""
+    from mcp.client import Client
+
+    async def talk(url: str) -> list[str]:
+        async with Client(url, mode=mode) as client:
+            answers = [await client.call_tool("note", {"text": "x"}) for _ in range(2)]
+            return [answer.content[0].text for answer in answers]
+
+    with listening(http_app(ToolServer(boxed(note)))) as url:
+        one, two = asyncio.run(talk(url)), asyncio.run(talk(url))
+    assert one[0] == one[1] and two[0] == two[1] and one[0] != two[0]
+
+
 def test_only_so_many_conversations_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mcp_server, "MAX_CONVERSATIONS", 2)
     ended: list[str] = []

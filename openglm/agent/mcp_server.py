@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from openglm.agent.schema import schema_error
@@ -23,6 +24,8 @@ from openglm.types import Observation, ToolContext
 __all__ = ["ToolServer", "http_app", "serve_http", "serve_stdio"]
 
 MAX_CONVERSATIONS, CALL_S = 64, 300.0
+UNSUPPORTED_VERSION = -32022  # the protocol's number
+_MAX_PROBE = 1 << 20  # bytes of a request that is refused
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -113,24 +116,52 @@ async def serve_stdio(server: ToolServer) -> None:
 
 
 def http_app(server: ToolServer, host: str = "127.0.0.1", keys: tuple[str, ...] = ()) -> Any:
-    """The ASGI application, with the endpoint /mcp. keys: a client must send one of them as a bearer token."""
+    """The ASGI application, with the endpoint /mcp. keys: a client must send one of them as a bearer token.
+
+    Only versions of the protocol that have sessions are spoken: without one, nothing would tell clients apart, and they
+    would share their variables. Clients of later versions are told so, and begin a session.
+    """
+    from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+
     app = server.server.streamable_http_app(host=host)
-    if not keys:
-        return app
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not _is_known(scope["headers"], keys):
-            start = {"type": "http.response.start", "status": 401, "headers": [(b"www-authenticate", b"Bearer")]}
-            await send(start)
-            await send({"type": "http.response.body", "body": b"an API key is needed: Authorization: Bearer KEY\n"})
-            return
-        await app(scope, receive, send)
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            version = headers.get(b"mcp-protocol-version", b"").decode("latin-1")
+            if keys and not _is_known(headers.get(b"authorization", b""), keys):
+                text = b"an API key is needed: Authorization: Bearer KEY\n"
+                return await _answer(send, 401, text, (b"www-authenticate", b"Bearer"))
+            if version and version not in HANDSHAKE_PROTOCOL_VERSIONS and scope["method"] == "POST":
+                body = await _other_version(receive, version, HANDSHAKE_PROTOCOL_VERSIONS)
+                return await _answer(send, 400, body, (b"content-type", b"application/json"))
+        return await app(scope, receive, send)
 
     return guarded
 
 
-def _is_known(headers: list[tuple[bytes, bytes]], keys: tuple[str, ...]) -> bool:
-    given = next((value for name, value in headers if name == b"authorization"), b"")
+async def _other_version(receive: Any, version: str, spoken: Sequence[str]) -> bytes:
+    """The protocol's own error for a request of a version that is not spoken."""
+    body = bytearray()
+    while (message := await receive())["type"] == "http.request" and len(body) <= _MAX_PROBE:
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    try:
+        id = json.loads(body).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        id = None
+    error = {"code": UNSUPPORTED_VERSION, "message": f"the protocol's version {version} has no sessions",
+             "data": {"supported": list(spoken), "requested": version}}  # fmt: skip
+    return json.dumps({"jsonrpc": "2.0", "id": id, "error": error}).encode()
+
+
+async def _answer(send: Any, status: int, body: bytes, header: tuple[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [header]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_known(given: bytes, keys: tuple[str, ...]) -> bool:
     matches = [hmac.compare_digest(given, b"Bearer " + key.encode()) for key in keys]
     return any(matches)
 

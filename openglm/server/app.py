@@ -42,7 +42,7 @@ from openglm.server.service import Service
 from openglm.server.sse import ClientGone, EventStream
 from openglm.server.static import REFERENCE, WEB, Page
 
-__all__ = ["create_app"]
+__all__ = ["POSTS", "create_app"]
 
 Handler = Callable[[Service, Request, bytes, Lease], Awaitable[Response]]
 # (path, handler, model of the body, whether it makes the model work)
