@@ -302,6 +302,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"openglm: warning: {o.host} can be reached from other machines WITHOUT an API key", file=sys.stderr)
         print(f"openglm: {o.replicas} replicas at http://{o.host}:{o.port}", file=sys.stderr, flush=True)
         stop.wait()
+        serve.delete("openglm")  # lets running answers end; shutdown would cut them off
         serve.shutdown()
     except RuntimeError as error:  # Serve's, when replicas do not come up; the whole story is in its logs
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from openglm.server.static import REFERENCE
+from openglm.server.static import REFERENCE, WEB
 from tests.server_helpers import running, scripted, service_of
 
 if TYPE_CHECKING:
@@ -66,3 +66,21 @@ def test_it_is_small_and_loads_nothing_from_outside(url: str) -> None:
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"https?://|innerHTML|\sstyle=|\son\w+=", text), file.name
         assert len(text) < 10_000
+
+
+def test_the_chat_page_leads_there_in_both_languages(browser: Browser) -> None:
+    with running(service_of(scripted("glm-4", "\nHello")[0]), WEB) as address:
+        context = browser.new_context(locale="en-US")
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        assert page.locator("#reference").inner_text() == "API reference"
+        page.locator("#language").click()
+        assert page.locator("#reference").inner_text() == "API 文档"
+        page.locator("#language").focus()
+        page.keyboard.press("Tab")
+        with context.expect_page() as opened:
+            page.keyboard.press("Enter")
+        opened.value.wait_for_selector("html[data-ready]", timeout=60_000)
+        assert opened.value.locator("h1").inner_text() == "Endpoints"
+        context.close()
