@@ -87,6 +87,13 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         until(lambda: process.poll() is not None or "2 replicas at" in log.read_text(), 240)
         assert process.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}", process.pid
+        stream = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY).completions.create(
+            model="tiny", prompt="Hi", max_tokens=4000, stream=True, extra_body={"min_tokens": 4000}
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)  # an answer that runs is finished
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0, log.read_text()
