@@ -43,7 +43,7 @@ def test_turns_of_a_conversation_share_a_name_and_others_do_not() -> None:
     assert name("/v1/responses", input=[user]) == name("/v1/responses", input=[user, *later])
     assert name("/v1/messages", messages=[user], system="a") != name("/v1/messages", messages=[user], system="b")
     text = "Once upon a time " * 40
-    assert name("/v1/completions", prompt=text) == name("/v1/completions", prompt=text + "there was") != name(prompt="x")
+    assert name("/v1/completions", prompt=text) == name("/v1/completions", prompt=text + "there") != name(prompt="x")
     assert affinity("/v1/chat/completions", b"{no json") == affinity("/fill", b"[]") == ""
     assert affinity("/v1/files/file-1", b"", "key0") == "key0"
 

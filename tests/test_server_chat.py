@@ -212,6 +212,7 @@ def test_reasoning_comes_apart_from_the_answer(servers: dict[str, Server]) -> No
         ({"frequency_penalty": 0.5, "presence_penalty": -0.5}, "Hello 北京!", "stop"),
         ({"n": 1, "user": "me"}, "Hello 北京!", "stop"),
         ({"modalities": ["text"], "store": False, "service_tier": "auto"}, "Hello 北京!", "stop"),
+        ({"prompt_cache_key": "k", "safety_identifier": "me"}, "Hello 北京!", "stop"),
         ({"tools": [], "tool_choice": "auto"}, "Hello 北京!", "stop"),
         ({"response_format": {"type": "text"}}, "Hello 北京!", "stop"),
         ({"extra_body": {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2}}, "Hello 北京!", "stop"),

@@ -322,7 +322,8 @@ class Engine:
         elif n == live.request.n_left:
             reason = "length"
         self._n_drawn += 1
-        self._give(live, Step(drawn.token_id, drawn.logprob, reason, drawn.top_logprobs, live.request.id))
+        request, top = live.request, drawn.top_logprobs
+        self._give(live, Step(drawn.token_id, drawn.logprob, reason, top, request.id, n_reused=request.n_reused))
         return reason
 
     def _advance_by(self, work: Work, live: _Live, ids: list[int], reason: FinishReason | None) -> None:

@@ -24,7 +24,8 @@ class Request:
     client: whose request it is; the queue serves clients in turn.
     pages: pages of the pool that hold its keys and values, in order. n_cached: tokens whose keys and values are there.
     n_shared: leading pages that the prefix cache knows. drafts: guesses of the next tokens, to be verified.
-    order: number of its latest admission; of two running requests the larger one is the newer.
+    order: number of its latest admission; of two running requests the larger one is the newer. n_reused: tokens of the
+    prompt that the prefix cache had when it was first admitted.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Request:
     drafts: list[int] = field(default_factory=list)
     order: int = -1
     n_preempted: int = 0
+    n_reused: int = 0
 
     @property
     def n_pending(self) -> int:
@@ -62,7 +64,8 @@ class Step:
 
     top_logprobs: (id, logprob) of the likeliest tokens, as many as were asked for. finish_reason: on the last one only:
     "stop" (a stop id, or the grammar is complete), "length" (max_new_tokens, or context or pool are full), or, without
-    a token (token_id NO_TOKEN), "cancelled" and "error", whose cause `error` holds.
+    a token (token_id NO_TOKEN), "cancelled" and "error", whose cause `error` holds. n_reused: tokens of the prompt that
+    the prefix cache saved.
     """
 
     token_id: int
@@ -71,6 +74,7 @@ class Step:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     request_id: int = 0
     error: Exception | None = None
+    n_reused: int = 0
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,8 @@ class Scheduler:
         request.state, request.order = "running", self._n_admitted
         self._n_admitted += 1
         self.n_reused += request.n_cached
+        if not request.n_preempted:
+            request.n_reused = request.n_cached
         self.running.append(request)
         return True
 

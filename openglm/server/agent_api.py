@@ -103,7 +103,7 @@ async def agent_completions(service: Service, request: Request, asked: ChatReque
     agents = _agents(service, "tools" if asked.tools else "conversation" if asked.conversation else "files")
     task = _task(agents, asked)
     backend = RoundBackend(service, client_name(lease, asked.user), task.stop)
-    shape = ChatShape(service.name, False)
+    shape = ChatShape(service, False)
     answering = Answering(agents, backend, task, lease.client)
     events = _events(agents, answering, asked, task, lease.client)
 

@@ -213,7 +213,9 @@ class Watch:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).append("X-Request-Id", f"req_{secrets.token_hex(8)}")
+                anthropic = scope["path"].startswith("/v1/messages")
+                name = "Request-Id" if anthropic else "X-Request-Id"  # as either's clients look for it
+                MutableHeaders(scope=message).append(name, f"req_{secrets.token_hex(8)}")
             await send(message)
 
         try:

@@ -42,8 +42,8 @@ async def plain_completions(service: Service, request: Request, asked: ChatReque
     """The model's answer; tools are the client's."""
     task = chat_task(asked)
     prompt = await asyncio.to_thread(service.chat_prompt, task)
-    outlet, jobs = await service.submit([(prompt, task.n)], client_name(lease, asked.user))
-    shape = ChatShape(service.name, task.n_top is not None)
+    outlet, jobs = await service.submit([(prompt, task.n)], client_name(lease, asked.user or asked.safety_identifier))
+    shape = ChatShape(service, task.n_top is not None)
     if asked.stream:
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         chunks = shape.stream(outlet.batches(), len(jobs), (lambda: spent(jobs)) if include_usage else None)
@@ -190,6 +190,7 @@ def usage_of(jobs: Sequence[Job]) -> dict[str, Any]:
         "prompt_tokens": n_prompt,
         "completion_tokens": n_drawn,
         "total_tokens": n_prompt + n_drawn,
+        "prompt_tokens_details": {"cached_tokens": jobs[0].n_reused},
         "completion_tokens_details": {"reasoning_tokens": sum(job.answer.n_reasoning_tokens for job in jobs)},
     }
 
@@ -213,12 +214,15 @@ def spent(jobs: Sequence[Job]) -> dict[str, Any]:
 class ChatShape:
     """Renders event lists as OpenAI's objects. logprobs: whether they were asked for."""
 
-    def __init__(self, model: str, logprobs: bool) -> None:
-        self._id, self._model, self._logprobs = f"chatcmpl-{secrets.token_hex(12)}", model, logprobs
-        self._created = int(time.time())
+    def __init__(self, service: Service, logprobs: bool) -> None:
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "", "created": int(time.time()), "model": service.name,
+            "service_tier": "default", "system_fingerprint": service.fingerprint,
+        }  # fmt: skip
+        self._logprobs = logprobs
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+        return {**self._head, "object": kind, "choices": choices}
 
     # ---------------------------------------------------------------- whole
 
@@ -230,7 +234,7 @@ class ChatShape:
     def _choice(self, index: int, answer: Folded) -> dict[str, Any]:
         assert answer.finish is not None
         content = answer.text if answer.text or not answer.calls else None
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:

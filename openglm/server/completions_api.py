@@ -54,7 +54,7 @@ async def completions(service: Service, request: Request, body: bytes, lease: Le
     inputs = _inputs(asked)
     prompts = await asyncio.to_thread(lambda: [_prompt(service, asked, p) for p in inputs])
     echoes = [await _echo(service, asked, text, p) for text, p in zip(inputs, prompts, strict=True)]
-    shape = Shape(service.name, asked.logprobs is not None, [e for e in echoes for _ in range(n)])
+    shape = Shape(service, asked.logprobs is not None, [e for e in echoes for _ in range(n)])
     if asked.max_tokens == 0:
         if asked.stream:
             raise ApiError("max_tokens: 0 tokens cannot be streamed", "max_tokens")
@@ -165,14 +165,14 @@ async def _echo(service: Service, asked: CompletionRequest, given: str | list[in
 class Shape:
     """Renders event lists as OpenAI's objects. echoes: what stands in front of each answer."""
 
-    def __init__(self, model: str, logprobs: bool, echoes: Sequence[_Echo]) -> None:
-        self._id, self._model, self._logprobs = f"cmpl-{secrets.token_hex(12)}", model, logprobs
-        self._created, self._echoes = int(time.time()), echoes
+    def __init__(self, service: Service, logprobs: bool, echoes: Sequence[_Echo]) -> None:
+        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
+                      "model": service.name, "system_fingerprint": service.fingerprint}  # fmt: skip
+        self._logprobs, self._echoes = logprobs, echoes
         self._offsets = [0 for _ in echoes]
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model,
-                "choices": choices}  # fmt: skip
+        return {**self._head, "choices": choices}
 
     def _choice(self, index: int, text: str, tokens: Sequence[TokenInfo], reason: str | None) -> dict[str, Any]:
         logprobs = self._table(index, tokens) if self._logprobs else None
@@ -243,7 +243,9 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _usage(jobs: Sequence[Job], n: int) -> dict[str, int]:
+def _usage(jobs: Sequence[Job], n: int) -> dict[str, Any]:
     n_prompt = sum(job.n_prompt for job in jobs[::n])
     n_drawn = sum(job.answer.n_tokens for job in jobs)
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_drawn, "total_tokens": n_prompt + n_drawn}
+    cached = {"cached_tokens": sum(job.n_reused for job in jobs[::n])}
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_drawn, "total_tokens": n_prompt + n_drawn,
+            "prompt_tokens_details": cached}  # fmt: skip

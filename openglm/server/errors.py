@@ -16,9 +16,8 @@ from starlette.exceptions import HTTPException
 __all__ = ["ApiError", "add_handlers", "error_response"]
 
 log = logging.getLogger("openglm.server")
-TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "invalid_request_error",
-         429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
-ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
+ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                   413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
 OUR_FAULT = "the server failed on this request; its log says why"
 
 
@@ -39,13 +38,16 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        return TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        """OpenAI's: it tells by status and code what else there is to tell."""
+        if self.status == 429:
+            return "requests"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
-        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status == 500 else self.type)
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
         named = f"{self.param}: {self.message}" if self.param and self.param not in self.message else self.message
         return {"type": "error", "error": {"type": kind, "message": named}}
 

@@ -263,7 +263,8 @@ class Shape:
                     thought = {"type": "thinking", "thinking": "", "signature": ""}
                     yield from self._grow("thinking", thought, "thinking_delta", event.text)
                 case CallOpened():
-                    call: dict[str, Any] = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                    id = f"toolu_{event.id.removeprefix('call_')}"
+                    call: dict[str, Any] = {"type": "tool_use", "id": id, "name": event.name, "input": {}}
                     yield from self._open(f"call{event.index}", call)
                 case CallArguments():
                     yield self._delta({"type": "input_json_delta", "partial_json": event.text})

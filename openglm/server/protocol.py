@@ -163,6 +163,10 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=256)] | None = Field(None, description="As user.")
+    prompt_cache_key: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="Prompts that begin alike are kept anyway, so this asks for nothing more."
+    )
 
 
 class CompletionRequest(Sampling):

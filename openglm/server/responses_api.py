@@ -93,7 +93,8 @@ class Shape:
     def _usage(self) -> dict[str, Any]:
         answer, n_prompt = self._job.answer, self._job.n_prompt
         return {
-            "input_tokens": n_prompt, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": n_prompt,
+            "input_tokens_details": {"cached_tokens": self._job.n_reused, "cache_write_tokens": 0},
             "output_tokens": answer.n_tokens, "total_tokens": n_prompt + answer.n_tokens,
             "output_tokens_details": {"reasoning_tokens": answer.n_reasoning_tokens},
         }  # fmt: skip

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from openglm import __version__
 from openglm.agent.images import ImageBackend
 from openglm.chat import ChatModel
 from openglm.engine import Engine
@@ -93,6 +95,7 @@ class Service:
         self.images, self.image_turns = images, Turns(self.config.max_image_queue)
         self.state = "loading"  # ready, failed, stopping
         self.created = int(time.time())
+        self.fingerprint = ""  # of what answers, once it is loaded
         self._source, self._on_failure = model, on_failure
         self._ready = asyncio.Event()
         self.files = FileStore()
@@ -110,6 +113,8 @@ class Service:
             source = self._source
             model = source if isinstance(source, ChatModel) else await asyncio.to_thread(source)
             self._model = model
+            about = repr((__version__, self.name, model.engine.config, model.meta.description, model.meta.generation))
+            self.fingerprint = f"fp_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
             if self.config.toolbox is not None:
                 self.agents = await asyncio.to_thread(self._make_agents, self.config.toolbox)
             self._worker = Worker(model.engine, self._take_stats)

@@ -119,6 +119,7 @@ class Job:
         self.timing = Timing(time.perf_counter())
         self.request_id: int | None = None  # the worker's
         self.cancelled = False
+        self.n_reused = 0  # tokens of the prompt that the prefix cache had
         self.on_end: Callable[[Job], None] = lambda job: None
         self.on_token: Callable[[float], None] = lambda seconds: None
 
@@ -139,6 +140,7 @@ class Job:
                 self.on_token(now - (self.timing.last or self.timing.start))
                 self.timing.first = self.timing.first or now
                 self.timing.last = now
+                self.n_reused = step.n_reused
             self.outlet.put(self.index, self.answer.feed(step))
         return not self.answer.stopped
 
