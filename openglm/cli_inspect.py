@@ -33,7 +33,9 @@ EXTRAS = {
     "mcp": "tools of MCP servers, and OpenGLM's own for others (pip install 'openglm[mcp]')",
     "tensorboard": "training curves for tensorboard: true (pip install 'openglm[tensorboard]')",
 }
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+CPU_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm"
+)  # fmt: skip
 FAMILY_NAMES = {
     "openglm": "our own format",
     "random": "none: random weights",

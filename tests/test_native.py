@@ -1,5 +1,7 @@
 """The native library: packing, products, attention and whole passes against PyTorch, for every instruction set here.
 
+Those of 64-bit ARM run too, under an emulator, where there is a cross compiler (tests/arm_helpers.py).
+
     python -m pytest -q tests/test_native.py
 """
 
@@ -24,6 +26,7 @@ from openglm.model.linear import PackedEmbedding, PackedLinear, QuantLinear, Row
 from openglm.model.transformer import Transformer
 from openglm.ops import native
 from openglm.ops.quant import QuantParts, QuantTensor, pack_int4
+from tests import arm_helpers
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built: no C++ compiler")
 
@@ -34,12 +37,36 @@ FORMS: list[Form] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=native.describe().get("isas", []))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def remotes(request: pytest.FixtureRequest) -> Iterator[dict[str, arm_helpers.RemoteLibrary]]:
+    """Libraries that run under an emulator, of each instruction set of ARM on a CPU that has no better one."""
+    if reason := arm_helpers.missing():
+        pytest.skip(reason)
+    folder = request.config.cache.mkdir("native_arm")
+    made = {name: arm_helpers.RemoteLibrary(folder, cpu) for name, cpu in arm_helpers.CPUS.items()}
+    yield made
+    for remote in made.values():
+        remote.close()
+
+
+@pytest.fixture(params=[*native.describe().get("isas", []), *arm_helpers.CPUS])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param in arm_helpers.CPUS:
+        remote = request.getfixturevalue("remotes")[request.param]
+        monkeypatch.setattr(native, "library", lambda: remote)
+        yield request.param
+        return
     before = native.describe()["isa"]
     native.use_isa(request.param)
     yield request.param
     native.use_isa(before)
+
+
+def test_the_best_instruction_set_is_chosen(remotes: dict[str, arm_helpers.RemoteLibrary]) -> None:
+    assert list(remotes) == ["neon", "neon-dotprod", "neon-i8mm"]
+    for i, (name, remote) in enumerate(remotes.items()):
+        assert remote.og_isa_in_use().decode() == name
+        assert [remote.og_isa(j) for j in range(i + 2)] == [*(n.encode() for n in list(remotes)[i::-1]), None]
 
 
 def matrix(rows: int, columns: int, form: Form, seed: int = 0) -> QuantTensor:

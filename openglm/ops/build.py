@@ -10,7 +10,6 @@ where nothing can be built.
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -27,16 +26,23 @@ LIBRARY = Path(__file__).parent / ("_native.dll" if sys.platform == "win32" else
 # -ffp-contract=off: a product and a sum become one rounding only where the code says so, whatever is inlined.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 COMMON = ["forward", "pack", "threads"]
-X86 = {
+PLAIN: dict[str, list[str]] = {"plain": []}
+X86 = PLAIN | {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx2vnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))],
 }
-ARM = {"neon": ["-march=armv8.2-a+dotprod+fp16"]}
+ARM = {  # every one has NEON
+    "neon": [],
+    "neon_dot": ["-march=armv8.2-a+dotprod"],
+    "neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
 
 
-def build(say: bool = True) -> Path | None:
-    """Compile and link; returns the library, or None where there is no compiler or it fails. `say`: tell on stderr."""
+def build(say: bool = True, library: Path = LIBRARY) -> Path | None:
+    """Compile and link; returns the library, or None where there is no compiler or it fails. `say`: tell on stderr.
+
+    It is for the machine that the compiler compiles for, which may be another one."""
     wanted = os.environ.get("OPENGLM_NATIVE", "1")
     if wanted == "0":
         return None
@@ -44,7 +50,7 @@ def build(say: bool = True) -> Path | None:
     problem = "no C++ compiler found"
     if compiler:
         try:
-            return _compiled(compiler, say)
+            return _compiled(compiler, say, library)
         except subprocess.CalledProcessError as error:
             problem = f"{compiler[0]} failed: {error.stderr.strip()[-500:]}"
         except OSError as error:
@@ -61,9 +67,17 @@ def _compiler() -> list[str]:
     return [found] if found else []
 
 
-def _compiled(compiler: list[str], say: bool) -> Path:
-    machine = platform.machine().lower()
-    sets = X86 if machine in ("x86_64", "amd64") else ARM if machine in ("arm64", "aarch64") else {}
+def _instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
+    """Those of the machine that it compiles for, with their flags."""
+    command = [*compiler, "-dumpmachine"]  # x86_64-linux-gnu, arm64-apple-darwin24.1.0
+    machine = subprocess.run(command, check=True, capture_output=True, text=True).stdout.lower()
+    if machine.startswith(("x86_64", "amd64")):
+        return X86
+    return ARM if machine.startswith(("arm64", "aarch64")) else PLAIN
+
+
+def _compiled(compiler: list[str], say: bool, library: Path) -> Path:
+    sets = _instruction_sets(compiler)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile(name: str, *flags: str) -> str:
@@ -73,22 +87,23 @@ def _compiled(compiler: list[str], say: bool) -> Path:
             return out
 
         tasks = {name: pool.submit(compile, f"isa_{name}", *flags) for name, flags in sets.items()}
-        objects = list(pool.map(compile, ["isa_plain", *COMMON]))
+        objects = list(pool.map(compile, COMMON))
         built = []
         for name, task in tasks.items():
             try:
                 objects.append(task.result())
                 built.append(name)
-            except subprocess.CalledProcessError:
-                pass  # an older compiler, which does not know this instruction set
+            except subprocess.CalledProcessError:  # an older compiler, which does not know this instruction set
+                if not built:  # the first one, which every compiler knows
+                    raise
         objects.append(compile("dispatch", *(f"-DOG_{name.upper()}" for name in built)))
-        made = LIBRARY.with_name(f"{LIBRARY.name}.{os.getpid()}.tmp")
+        made = library.with_name(f"{library.name}.{os.getpid()}.tmp")
         subprocess.run([*compiler, "-shared", "-pthread", *objects, "-o", str(made)], check=True, capture_output=True,
                        text=True)  # fmt: skip
-    made.replace(LIBRARY)  # processes that run keep the file they have open
+    made.replace(library)  # processes that run keep the file they have open
     if say:
-        print(f"openglm: built {LIBRARY.name} (plain, {', '.join(built) or 'nothing else'})", file=sys.stderr)
-    return LIBRARY
+        print(f"openglm: built {library.name} ({', '.join(built)})", file=sys.stderr)
+    return library
 
 
 if __name__ == "__main__":

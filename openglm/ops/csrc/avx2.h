@@ -56,9 +56,9 @@ struct Avx2Floats {
   }
 
   static B bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-  static B four(const int8_t *p) {
+  template <int J> static B four(const int8_t *p) { // quad J of a block
     int32_t x;
-    memcpy(&x, p, 4);
+    memcpy(&x, p + 4 * J, 4);
     return _mm256_set1_epi32(x);
   }
   static B low(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }

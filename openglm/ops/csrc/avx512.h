@@ -46,9 +46,9 @@ struct Avx512 {
   static void to_s8(int8_t *p, F x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
 
   static B bytes(const void *p) { return _mm512_loadu_si512(p); }
-  static B four(const int8_t *p) {
+  template <int J> static B four(const int8_t *p) { // quad J of a block
     int32_t x;
-    memcpy(&x, p, 4);
+    memcpy(&x, p + 4 * J, 4);
     return _mm512_set1_epi32(x);
   }
   static B low(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }

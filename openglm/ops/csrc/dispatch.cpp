@@ -1,10 +1,18 @@
 // Which instruction set runs: the best one that the CPU has and the library was built with, or the one asked for.
 #include <string.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "openglm.h"
 #include "threads.h"
 
+#ifdef OG_PLAIN
 extern const OgKernels og_plain, og_plain16;
+#endif
 #ifdef OG_AVX2
 extern const OgKernels og_avx2;
 #endif
@@ -17,9 +25,31 @@ extern const OgKernels og_avx512;
 #ifdef OG_NEON
 extern const OgKernels og_neon;
 #endif
+#ifdef OG_NEON_DOT
+extern const OgKernels og_neon_dot;
+#endif
+#ifdef OG_NEON_I8MM
+extern const OgKernels og_neon_i8mm;
+#endif
 
 namespace openglm {
 namespace {
+
+#if defined(__aarch64__) && defined(__linux__)
+bool arm_has_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }   // HWCAP_ASIMDDP
+bool arm_has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; } // HWCAP2_I8MM
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char *feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return !sysctlbyname(feature, &value, &size, nullptr, 0) && value;
+}
+bool arm_has_dot() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool arm_has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__)
+bool arm_has_dot() { return false; } // not asked on other systems
+bool arm_has_i8mm() { return false; }
+#endif
 
 struct Choice {
   const OgKernels *kernels;
@@ -39,11 +69,19 @@ const Choice *choices(int *n) { // best first
 #ifdef OG_AVX2
       {&og_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
+#ifdef OG_NEON_I8MM
+      {&og_neon_i8mm, arm_has_dot() && arm_has_i8mm()},
+#endif
+#ifdef OG_NEON_DOT
+      {&og_neon_dot, arm_has_dot()},
+#endif
 #ifdef OG_NEON
       {&og_neon, true},
 #endif
+#ifdef OG_PLAIN
       {&og_plain, true},
       {&og_plain16, true},
+#endif
   };
   *n = sizeof all / sizeof all[0];
   return all;

@@ -63,16 +63,20 @@ template <class S, int KIND, int J> inline typename S::B quad(const uint8_t *q) 
   }
 }
 
+// Quad J of the m-th token's block, in the form that the dot product takes.
+template <class S, int J> inline auto four(const int8_t *x, int64_t stride, int m) {
+  return S::template four<J>(x + m / S::tokens * stride + m % S::tokens * 32);
+}
+
 // `init` plus products of quads FIRST .. FIRST + N with MT tokens, whose tiles lie `stride` bytes apart.
 template <class S, int KIND, int FIRST, int N, int MT>
 inline void dots(const uint8_t *q, const int8_t *x, int64_t stride, const typename S::I *init, typename S::I *sums) {
-  auto four = [&](int m, int j) { return S::four(x + m / S::tokens * stride + m % S::tokens * 32 + 4 * j); };
   if constexpr (KIND == OG_INT4) {
     typename S::Dot4 c[MT];
     for (int m = 0; m < MT; m++) c[m] = S::dot4_start(init[m]);
     each<N>([&](auto j) {
       typename S::B w = quad<S, KIND, FIRST + j>(q);
-      for (int m = 0; m < MT; m++) c[m] = S::dot4(c[m], w, four(m, FIRST + j));
+      for (int m = 0; m < MT; m++) c[m] = S::dot4(c[m], w, four<S, FIRST + j>(x, stride, m));
     });
     for (int m = 0; m < MT; m++) sums[m] = S::dot4_sum(c[m], init[m]);
   } else if constexpr (KIND == OG_INT6) {
@@ -81,13 +85,13 @@ inline void dots(const uint8_t *q, const int8_t *x, int64_t stride, const typena
       constexpr int j = FIRST + 2 * i;
       typename S::B w0 = quad<S, KIND, j>(q), w1 = quad<S, KIND, j + 1>(q);
       for (int m = 0; m < MT; m++)
-        sums[m] = S::dot6(sums[m], w0, four(m, j), w1, four(m, j + 1));
+        sums[m] = S::dot6(sums[m], w0, four<S, j>(x, stride, m), w1, four<S, j + 1>(x, stride, m));
     });
   } else {
     for (int m = 0; m < MT; m++) sums[m] = init[m];
     each<N>([&](auto j) {
       typename S::W8 w = S::w8(quad<S, KIND, FIRST + j>(q));
-      for (int m = 0; m < MT; m++) sums[m] = S::dot8(sums[m], w, four(m, FIRST + j));
+      for (int m = 0; m < MT; m++) sums[m] = S::dot8(sums[m], w, four<S, FIRST + j>(x, stride, m));
     });
   }
 }
@@ -166,7 +170,8 @@ void packed_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens,
 
 // ---------------------------------------------------------------- unpacked panels
 
-// NR blocks of rows, PANEL blocks of columns: bytes that count from 0 (MIN) or -128, and scales as floats.
+// NR blocks of rows, PANEL blocks of columns: bytes that count from 0 (MIN) or -128, and scales as floats. Where bytes
+// are signed (not S::unsigned8) they are the values themselves, paired as S::panel_dots wants them.
 const int PANEL = 24;
 
 template <class S, int NR> struct Panel {
@@ -183,10 +188,12 @@ void unpack_panel(const OgMatrix *w, int64_t blocks, int64_t row_block, int64_t 
   for (int r = 0; r < NR; r++) {
     const uint8_t *q = (const uint8_t *)w->data + ((row_block + r) * blocks + first) * block_bytes<KIND, R>();
     for (int64_t b = 0; b < n; b++, q += block_bytes<KIND, R>()) {
-      each<8>([&](auto j) {
-        typename S::B value = quad<S, KIND, j>(q);
-        if (!MIN) value = S::from_128(value, KIND == OG_INT4 ? 120 : KIND == OG_INT6 ? 96 : 128);
-        S::store_bytes(to->q + ((b * 8 + j) * NR + r) * 4 * R, value);
+      each<4>([&](auto i) {
+        typename S::B pair[2] = {quad<S, KIND, 2 * i>(q), quad<S, KIND, 2 * i + 1>(q)};
+        for (typename S::B &value : pair)
+          if (!MIN) value = S::from_128(value, KIND == OG_INT4 ? 120 : KIND == OG_INT6 ? 96 : 128);
+        if constexpr (!S::unsigned8) S::pair(pair[0], pair[1]);
+        for (int j = 0; j < 2; j++) S::store_bytes(to->q + ((b * 8 + 2 * i + j) * NR + r) * 4 * R, pair[j]);
       });
       int64_t at = (row_block + r) * groups + (G16 ? 2 * (first + b) : (first + b) / per_group);
       for (int h = 0; h < HALVES; h++)
@@ -211,16 +218,21 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
   for (int64_t b = 0; b < n; b++, x += TS * 32, xs += TS, x_sums += TS, minus += 3 * TS) {
     for (int h = 0; h < HALVES; h++) {
       typename S::I c[NR][TS];
-      for (int m = 0; m < TS; m++) {
-        c[0][m] = MIN ? S::izero() : S::shifted(minus + (G16 ? h : 2) * TS + m, 0);
-        for (int r = 1; r < NR; r++) c[r][m] = c[0][m];
-      }
-      for (int j = 0; j < QUADS; j++, q += NR * 4 * R) {
-        typename S::B value[NR];
-        for (int r = 0; r < NR; r++) value[r] = S::bytes(q + r * 4 * R);
+      if constexpr (!S::unsigned8) {
+        S::template panel_dots<NR, QUADS>(q, x + 4 * h * QUADS, c);
+        q += QUADS * NR * 4 * R;
+      } else {
         for (int m = 0; m < TS; m++) {
-          typename S::B four = S::four(x + m * 32 + 4 * (h * QUADS + j));
-          for (int r = 0; r < NR; r++) c[r][m] = S::dot4(c[r][m], value[r], four);
+          c[0][m] = MIN ? S::izero() : S::shifted(minus + (G16 ? h : 2) * TS + m, 0);
+          for (int r = 1; r < NR; r++) c[r][m] = c[0][m];
+        }
+        for (int j = 0; j < QUADS; j++, q += NR * 4 * R) {
+          typename S::B value[NR];
+          for (int r = 0; r < NR; r++) value[r] = S::bytes(q + r * 4 * R);
+          for (int m = 0; m < TS; m++) {
+            typename S::B four = S::template four<0>(x + m * 32 + 4 * (h * QUADS + j));
+            for (int r = 0; r < NR; r++) c[r][m] = S::dot4(c[r][m], value[r], four);
+          }
         }
       }
       for (int r = 0; r < NR; r++, scale += R) {

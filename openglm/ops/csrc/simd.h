@@ -91,7 +91,7 @@ template <int N> struct Plain {
   static void to_s8(int8_t *p, F x) { for (int i = 0; i < N; i++) p[i] = (int8_t)nearbyintf(x.v[i]); }
 
   static B bytes(const void *p) { B r; memcpy(r.v, p, sizeof r.v); return r; }
-  static B four(const int8_t *p) { B r; for (int i = 0; i < N; i++) memcpy(r.v + 4 * i, p, 4); return r; }
+  template <int J> static B four(const int8_t *p) { B r; for (int i = 0; i < N; i++) memcpy(r.v + 4 * i, p + 4 * J, 4); return r; }
   static B low(B x) { for (int i = 0; i < 4 * N; i++) x.v[i] &= 15; return x; }
   static B high(B x) { for (int i = 0; i < 4 * N; i++) x.v[i] >>= 4; return x; }
   template <int C> static B with_bits(B low, B h) { // adds bits 2C, 2C + 1 of h as the fifth and sixth

@@ -27,7 +27,7 @@ inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb"); // takes about as long as the pause of x86; `yield` takes no time
 #endif
 }
 
