@@ -83,4 +83,5 @@ def test_the_chat_page_leads_there_in_both_languages(browser: Browser) -> None:
             page.keyboard.press("Enter")
         opened.value.wait_for_selector("html[data-ready]", timeout=60_000)
         assert opened.value.locator("h1").inner_text() == "Endpoints"
+        assert httpx.get(f"{address}/docs", follow_redirects=True).url == f"{address}/docs/"
         context.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from anthropic import Anthropic
 from openai import OpenAI
 
 from openglm.chat import ChatModel
@@ -113,6 +114,8 @@ def test_messages_have_anthropics_ids_and_headers(glm: Server) -> None:
     assert set(value) == keys and value["id"].startswith("msg_") and value["stop_reason"] == "tool_use"
     (block,) = value["content"]
     assert block["id"].startswith("toolu_") and block["input"] == {"city": "Paris"}
+    (model,) = Anthropic(base_url=url, api_key="none").models.list()
+    assert (model.id, model.type, model.display_name) == ("tiny", "model", "tiny") and model.created_at.year > 2000
     refused = httpx.post(f"{url}/v1/messages", json={**asked, "model": "other"}).json()
     assert refused["type"] == "error" and refused["error"]["type"] == "not_found_error"
     glm.says("\nHello 北京!")

@@ -114,6 +114,9 @@ def test_other_origins_only_where_they_were_named(url: str) -> None:
     with running(service_of(model, cors_origins=("https://a.example",))) as other:
         answer = httpx.options(other + "/v1/chat/completions", headers=ask)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        asked = {"access-control-request-headers": "authorization,x-stainless-lang", **ask}  # as OpenAI's in a browser
+        preflight = httpx.options(other + "/v1/chat/completions", headers=asked)
+        assert preflight.status_code == 200 and "x-stainless-lang" in preflight.headers["access-control-allow-headers"]
         other_origin = post(other, CHAT, origin="https://b.example")
         assert "access-control-allow-origin" not in other_origin.headers
 

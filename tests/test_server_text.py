@@ -247,6 +247,7 @@ def test_anthropic_errors(claude: tuple[Server, Anthropic]) -> None:
     for field, value in (
         ("thinking", {"type": "enabled", "budget_tokens": 2000}), ("temperature", 2), ("mcp_servers", []),
         ("tool_choice", {"type": "any"}), ("messages[0].content[0].type", None),
+        ("messages", [*HI, {"role": "assistant", "content": "I begin"}]),
     ):  # fmt: skip
         body: dict[str, Any] = {field: value} if value is not None else {
             "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]

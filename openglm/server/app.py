@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -81,14 +81,16 @@ def create_app(service: Service, web: Path | None = WEB) -> FastAPI:
     _add_gets(app, service)
     add_files(app, service.files, service.gate.identify, ERRORS)
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
+    app.add_route("/docs", lambda request: RedirectResponse("docs/"), include_in_schema=False)
     app.mount("/docs", Page(REFERENCE), name="docs")
     if web is not None and (web / "index.html").is_file():
         app.mount("/", Page(web), name="page")
     app.add_middleware(Watch, service=service)
     if service.config.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(service.config.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
+            CORSMiddleware, allow_origins=list(service.config.cors_origins), allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # clients in a browser send many of their own, such as x-stainless-lang
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )  # fmt: skip
     app.add_middleware(HostCheck, config=service.config)
     return app
@@ -167,12 +169,12 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", summary="The served model")
     async def list_models(request: Request) -> Response:
         service.gate.identify(request)
-        return await text_api.models(service)
+        return await text_api.models(service, None, "anthropic-version" in request.headers)
 
     @app.get("/v1/models/{name:path}", summary="The served model, by name")
     async def one_model(request: Request, name: str) -> Response:
         service.gate.identify(request)
-        return await text_api.models(service, name)
+        return await text_api.models(service, name, "anthropic-version" in request.headers)
 
     @app.get("/health", summary="Whether requests are answered")
     async def health() -> Response:

@@ -120,6 +120,9 @@ class MessagesRequest(CountRequest):
 async def messages(service: Service, request: Request, body: bytes, lease: Lease) -> Response:
     asked = parse(MessagesRequest, load_json(body))
     service.check_name(asked.model)
+    if asked.messages[-1].role == "assistant":
+        raise ApiError("messages: the last one is the assistant's, and an answer that is begun by the client is not "
+                       "supported: end with the user's", "messages")  # fmt: skip
     sampling = {"max_new_tokens": asked.max_tokens, "temperature": asked.temperature, "top_p": asked.top_p,
                 "top_k": asked.top_k}  # fmt: skip
     prompt = await asyncio.to_thread(service.chat_prompt, _task(asked, sampling, tuple(asked.stop_sequences or ())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -108,10 +109,17 @@ def describe(service: Service) -> dict[str, Any]:
     }
 
 
-async def models(service: Service, name: str | None = None) -> Response:
+async def models(service: Service, name: str | None = None, anthropic: bool = False) -> Response:
+    """anthropic: in the shape of Anthropic's protocol, for clients that name its version."""
     await service.ready()
     service.check_name(name)
     found = describe(service)
+    if anthropic:
+        created = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+        found |= {"type": "model", "display_name": service.name, "created_at": created}
+        found |= {"max_input_tokens": found["context_length"]}
+        whole = {"data": [found], "has_more": False, "first_id": service.name, "last_id": service.name}
+        return JSONResponse(whole if name is None else found)
     return JSONResponse({"object": "list", "data": [found]} if name is None else found)
 
 
