@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openglm.agent.sandbox_config import SandboxConfig
-from openglm.agent.seccomp import seccomp_program
+from openglm.agent.seccomp import ARCHITECTURES, seccomp_program
 
 __all__ = ["Bubblewrap", "Container", "Isolation", "NoIsolation", "SandboxUnavailable", "find_isolation"]
 
@@ -95,7 +95,7 @@ class Bubblewrap:
     def start(self, config: SandboxConfig) -> subprocess.Popen[bytes]:
         arguments = entry(config, sys.executable, PROGRAMS, WORKDIR, SCRATCH)
         arguments["uid"] = USER
-        arguments["seccomp"] = seccomp_program().hex()
+        arguments["seccomp"] = {platform.machine(): seccomp_program().hex()}
         arguments["mounts"] = [
             (WORKDIR, config.disk_bytes, config.n_files, "1777"),
             (SCRATCH, config.scratch_bytes, 4096, "1777"),
@@ -249,7 +249,11 @@ def _bubblewrap_fails() -> str:
     box = Bubblewrap()
     try:
         arguments = entry(config, sys.executable, PROGRAMS, WORKDIR, SCRATCH)
-        arguments |= {"uid": USER, "seccomp": seccomp_program().hex(), "mounts": [(WORKDIR, 1 << 20, 16, "1777")]}
+        arguments |= {
+            "uid": USER,
+            "seccomp": {platform.machine(): seccomp_program().hex()},
+            "mounts": [(WORKDIR, 1 << 20, 16, "1777")],
+        }
         arguments |= {"command": [sys.executable, "-I", "-S", "-c", "pass"], "folders": []}
         process = box.launch(arguments, config)
     except (OSError, ValueError) as error:
@@ -288,21 +292,27 @@ class Container:
     def start(self, config: SandboxConfig) -> subprocess.Popen[bytes]:
         arguments = entry(config, "/usr/bin/env", PROGRAMS, WORKDIR, SCRATCH)
         arguments["command"] = ["/usr/bin/env", "python3", *arguments["command"][1:]]
+        # What an engine filters differs from one to the next; on macOS it runs Linux, perhaps of another processor.
+        arguments["seccomp"] = {machine: seccomp_program(machine).hex() for machine in ARCHITECTURES}
         name = f"openglm-{secrets.token_hex(8)}"
         process = subprocess.Popen(
             [self.engine or "", *self.options(config, name), "python3", "-I", "-S", f"{PROGRAMS}/enter.py",
              json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+            cwd=tempfile.gettempdir(),  # podman's monitor leaves a file "oom" where it stands
         )  # fmt: skip
         self._names[process.pid] = name
         return process
 
     def options(self, config: SandboxConfig, name: str) -> list[str]:
-        disk = f"size={config.disk_bytes},nr_inodes={config.n_files},mode=1777"
+        # Podman has no limit of inodes for a tmpfs; the memory limit holds for them as well.
+        inodes = "" if os.path.basename(self.engine or "") == "podman" else f"nr_inodes={config.n_files},"
+        disk = f"size={config.disk_bytes},{inodes}mode=1777"
         folders = [f"--volume={folder.resolve()}:/inputs/{folder.name}:ro" for folder in config.read_only]
         return [
             "run", "--rm", "--interactive", "--pull=never", f"--name={name}", "--network=none", "--read-only",
             "--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={USER}:{USER}", "--hostname=sandbox",
+            "--ulimit=nofile=1024", "--ulimit=nproc=4096",  # what engines would set may be more than the caller may
             f"--pids-limit={config.n_processes}", f"--memory={config.memory_bytes}",
             f"--memory-swap={config.memory_bytes}", f"--shm-size={config.scratch_bytes}",
             f"--tmpfs={WORKDIR}:{disk}", f"--tmpfs={SCRATCH}:size={config.scratch_bytes},mode=1777",

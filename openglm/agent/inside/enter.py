@@ -1,6 +1,6 @@
 """First program inside a sandbox: narrows itself down, then becomes the Python kernel. Standard library only.
 
-    python -I -S enter.py '{"mounts": [...], "limits": {...}, "uid": 1000, "seccomp": "HEX", "command": [...]}'
+    python -I -S enter.py '{"mounts": [...], "limits": {...}, "uid": 1000, "seccomp": {...}, "command": [...]}'
 
 It starts with the rights that bubblewrap left it in a user namespace of its own, sets the file systems of bounded size
 up, gives every right away for good, and replaces itself. It imports nothing of the package, which is absent inside.
@@ -59,7 +59,6 @@ def become(uid: int) -> None:
         os.setresuid(uid, uid, uid)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     check(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")
-    check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
 
 
 def nest_namespace(uid: int) -> None:
@@ -85,6 +84,7 @@ def install_seccomp(program: bytes) -> None:
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
     filter_ = Program(len(program) // 8, program)
+    check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     check(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_), 0, 0), "seccomp")
 
 
@@ -103,7 +103,10 @@ def main(config: dict[str, Any]) -> None:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     os.chdir(config["workdir"])
     if config.get("seccomp"):
-        install_seccomp(bytes.fromhex(config["seccomp"]))
+        programs, machine = config["seccomp"], os.uname().machine
+        if machine not in programs:
+            raise OSError(f"no table of system calls for {machine}: there are {', '.join(programs)}")
+        install_seccomp(bytes.fromhex(programs[machine]))
     os.execve(config["command"][0], config["command"], config["environment"])
 
 
