@@ -73,6 +73,8 @@ class GLMConfig:
     mask: "causal", or "prefix": tokens before the start-of-piece token see each other in both directions.
     positions: "rope", or "learned": two tables of max_seq_len + 1 rows (position, block position) are added to the
     embedding, as in the original GLM; `rope` is then not used.
+    sop_position: where two axes freeze at a [gMASK], the position of <sop> itself: the mask's, or its own index, as in
+    the first release of ChatGLM-6B, for which a [MASK] also goes before a [gMASK].
     """
 
     vocab_size: int
@@ -94,6 +96,7 @@ class GLMConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     positions: Literal["rope", "learned"] = "rope"
     mask: Literal["causal", "prefix"] = "causal"
+    sop_position: Literal["mask", "index"] = "mask"
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -106,7 +109,7 @@ class GLMConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
-        if self.rotary_dim % (2 * self.rope.axes):
+        if self.positions == "rope" and self.rotary_dim % (2 * self.rope.axes):
             raise ValueError(f"rotated dimensions ({self.rotary_dim}) do not split into pairs on {self.rope.axes} axes")
         if self.residual == "stream" and self.residual_alpha != 1.0:
             raise ValueError("residual_alpha other than 1 goes with residual='normed' (DeepNorm)")
@@ -143,6 +146,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mlp": ("gelu", "geglu", "swiglu"),
     "positions": ("rope", "learned"),
     "mask": ("causal", "prefix"),
+    "sop_position": ("mask", "index"),
 }
 
 

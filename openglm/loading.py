@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from openglm.model.adapters import ADAPTER_CONFIG, ENCODER, apply_adapter, with_prefix
+from openglm.model.adapters import ADAPTER_CONFIG, ENCODER, apply_adapter, is_adapter, with_prefix
 from openglm.model.checkpoint import CONFIG, CheckpointMeta
 from openglm.model.cost import n_parameters
 from openglm.model.opened import OpenedModel, open_model
@@ -75,7 +75,7 @@ def open_reference(
 
 def open_weights(path: Path, adapter: str | Path | None = None) -> OpenedModel:
     """A checkpoint as it lies. adapter: a LoRA or P-Tuning v2 folder on top of it. Raises ValueError in one line."""
-    if adapter is None and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+    if adapter is None and is_adapter(path):
         path, adapter = _base_of(path), path
     opened = open_model(path)
     if any(name.startswith(ENCODER) for name in opened.source.names()):
@@ -98,12 +98,18 @@ def with_text(opened: OpenedModel, chat_format: str | None = None) -> Reference:
 
 
 def _base_of(adapter: Path) -> Path:
-    """The local folder that a LoRA says it was trained on."""
-    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    for folder in (Path(str(base)), adapter / str(base)):
-        if base and folder.is_dir():
+    """The local folder that an adapter says it was trained on: at that path, or of that name beside the adapter."""
+    if (adapter / ADAPTER_CONFIG).is_file():
+        what, base = "LoRA", str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    else:
+        what, base = "P-Tuning v2 prefix", str(read_json(adapter / CONFIG).get("_name_or_path") or "")
+    name = Path(base).name
+    found = [Path(base), adapter / base] if base else []
+    found += [folder / name for folder in (adapter.parent, adapter.absolute().parent.parent) if name]
+    for folder in found:
+        if folder.is_dir() and not is_adapter(folder):
             return folder
-    raise ValueError(f"{adapter} is a LoRA for {base!r}: give the folder of that model, and this one as --adapter")
+    raise ValueError(f"{adapter} is a {what} for {base!r}: give the folder of that model, and this one as --adapter")
 
 
 def _tokenizer(opened: OpenedModel) -> Tokenizer | None:

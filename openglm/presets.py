@@ -59,6 +59,7 @@ PRESETS: dict[str, GLMConfig] = {
     ),
     "glm-130b": _glm_130b,
     "chatglm-6b": _chatglm_6b,
+    "chatglm-6b-v0": dataclasses.replace(_chatglm_6b, vocab_size=150528, sop_position="index"),
     "chatglm2-6b": _chatglm2(max_seq_len=32768),
     "chatglm2-6b-32k": _chatglm2(max_seq_len=32768, rope=RopeConfig(fraction=0.5, position_scale=50)),
     "chatglm3-6b": _chatglm2(max_seq_len=8192),

@@ -1,8 +1,8 @@
 """Filling blanks: masks left to right, each answer put in place of its mask before the next pass. Token ids only.
 
 GLM-130B's strategy: the text with its masks is context in both directions, then <sop>, then the answer until a stop
-id. [MASK] and [sMASK] come first, in the order of the text; a [gMASK] stays out of the context until it is its turn,
-because no sample of the training objective holds both kinds.
+id. [MASK] and [sMASK] come first, in the order of the text (GLM-130B: every [MASK] before an [sMASK]); a [gMASK] stays
+out of the context until it is its turn, because no sample of the training objective holds both kinds.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Blanks:
                 self._pieces[-1].append(token)
         if not self._kinds:
             raise ValueError("the text has no blank: put [MASK] where words are missing (or [sMASK], [gMASK])")
-        self.order = sorted(range(len(self._kinds)), key=lambda blank: self._kinds[blank] == self._gmask)
+        late = {self._gmask, special.get("[sMASK]")} if engine.config.n_axes == 1 else {self._gmask}
+        rank = {kind: 2 if kind == self._gmask else 1 for kind in late}
+        self.order = sorted(range(len(self._kinds)), key=lambda blank: rank.get(self._kinds[blank], 0))
 
     def prompt(self, answers: Sequence[Sequence[int]]) -> list[int]:
         """The prompt for the next blank in `order`, with these answers to the ones before it."""

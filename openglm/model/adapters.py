@@ -23,7 +23,7 @@ from openglm.model.sources import FileSource, open_files
 from openglm.model.weights import FAMILIES, Family, head_order, import_weight, names_of
 from openglm.ops.quant import QuantTensor, Weight
 
-__all__ = ["ADAPTER_CONFIG", "ENCODER", "apply_adapter", "with_prefix"]
+__all__ = ["ADAPTER_CONFIG", "ENCODER", "apply_adapter", "is_adapter", "with_prefix"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ENCODER = "transformer.prefix_encoder."
@@ -41,6 +41,15 @@ def apply_adapter(opened: OpenedModel, folder: str | Path) -> OpenedModel:
     if (folder / "config.json").is_file():
         return with_prefix(opened, folder)
     raise ValueError(f"{folder} is no adapter: it has neither adapter_config.json (LoRA) nor config.json (P-Tuning v2)")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model: a LoRA, or prefix_encoder tensors alone."""
+    if not (folder / "config.json").is_file():
+        return (folder / ADAPTER_CONFIG).is_file()
+    if not read_json(folder / "config.json").get("pre_seq_len"):
+        return False
+    return all(name.startswith(ENCODER) for name in open_files(folder).names())
 
 
 # -------------------------------------------------------------------- P-Tuning v2

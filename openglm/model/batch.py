@@ -47,6 +47,7 @@ class PromptLayout:
     mask_index: index of the mask token being filled, where frozen positions stay.
     frozen: positions stop at mask_index from <sop> on.
     later: (index of <sop>, mask index) of further answers in the same row, as the original GLM writes them.
+    own_sop: <sop> itself has its own index yet.
     """
 
     axes: int
@@ -54,11 +55,13 @@ class PromptLayout:
     mask_index: int
     frozen: bool
     later: tuple[tuple[int, int], ...] = ()
+    own_sop: bool = False
 
     def positions(self, start: int, stop: int) -> Tensor:
         """(axes, stop - start) int64 positions of tokens start..stop-1."""
         index = torch.arange(start, stop)
-        position = torch.where(index < self.n_context, index, self.mask_index) if self.frozen else index
+        n_own = self.n_context + 1 if self.own_sop else self.n_context
+        position = torch.where(index < n_own, index, self.mask_index) if self.frozen else index
         if self.axes == 1:
             return position[None]
         block = (index - self.n_context + 1).clamp(min=0)
@@ -77,7 +80,7 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
 
     Causal models count 0..n-1. Prefix models: context ends before the first <sop>. With two axes (ChatGLM-6B) the
     position freezes at the [gMASK], else at the first [MASK] or [sMASK], and block positions count from 1 at <sop>.
-    With one axis (GLM-130B) positions run on after [gMASK] and freeze at the mask's index after [MASK] or [sMASK].
+    With one axis (GLM-130B) they freeze at the first [MASK], else at the first [sMASK]; with [gMASK] alone they run on.
     The original GLM (learned positions) answers several blanks in one row: its k-th <sop> goes with the k-th mask, and
     one more than there are masks is a token like others.
     A prompt without <sop> is all causal from its first token.
@@ -92,12 +95,15 @@ def prompt_layout(ids: Sequence[int], config: GLMConfig, special_ids: Mapping[st
     n_context = tokens.index(sop)
     if config.positions == "learned":
         return _original_layout(tokens, n_context, sop, special_ids)
-    found = {name: tokens.index(special_ids[name]) for name in ("[gMASK]", "[MASK]", "[sMASK]")
+    found = {name: tokens.index(special_ids[name]) for name in ("[MASK]", "[sMASK]", "[gMASK]")
              if name in special_ids and special_ids[name] in tokens[:n_context]}  # fmt: skip
-    if "[gMASK]" in found:
-        return PromptLayout(axes, n_context, found["[gMASK]"], axes == 2)
-    if found:
-        return PromptLayout(axes, n_context, min(found.values()), True)
+    blanks = {name: index for name, index in found.items() if name != "[gMASK]"}
+    first_release = config.sop_position == "index"
+    if "[gMASK]" in found and not (blanks and (axes == 1 or first_release)):
+        return PromptLayout(axes, n_context, found["[gMASK]"], axes == 2, own_sop=first_release)
+    if blanks:
+        mask_index = next(iter(blanks.values())) if axes == 1 else min(blanks.values())
+        return PromptLayout(axes, n_context, mask_index, True)
     return PromptLayout(axes, n_context, max(n_context - 1, 0), axes == 2)
 
 

@@ -211,7 +211,7 @@ def _open_ours(path: Path) -> OpenedModel:
 
 
 def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
-    files = open_files(path)
+    files = _without_prefix(open_files(path))
     bits = int(head.get("quantization_bit") or 0)
     source = QuantisedSource(files, bits)
     names = frozenset(source.names())
@@ -226,18 +226,25 @@ def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
     if names and all(name.startswith("transformer.prefix_encoder.") for name in names):
         raise ValueError(f"{path} is a P-Tuning v2 prefix alone: give its base model, and this folder as --adapter")
     family, config = released_config(head, path, names, source.shape)
-    opened = OpenedModel(
-        path, family, config, _released_meta(path, head, family), source, FAMILIES[family], _template(path)
-    )
+    table = FAMILIES[family]
+    if family == "chatglm2" and not head.get("multi_query_attention", False):  # the code reads each head's [q | k | v]
+        table = replace(table, qkv="heads")
+    meta = _released_meta(path, head, family, config)
+    opened = OpenedModel(path, family, config, meta, source, table, _template(path))
     _check_names(opened, names)
     check_tied_head(opened, CHECKED_ROWS)
     return opened
 
 
+def _without_prefix(files: FileSource) -> FileSource:
+    """The original GLM's folders may name its tensors inside a module "glm"."""
+    return FileSource({name.removeprefix("glm."): info for name, info in files.tensors.items()})
+
+
 def _open_sat(path: Path, shards: list[Path]) -> OpenedModel:
     source = SatSource(shards)
     args: dict[str, Any] = {}
-    for folder in (path, path.parent):
+    for folder in (path, path.parent, path.parent.parent):
         if (folder / "model_args.json").is_file():
             args = read_json(folder / "model_args.json")
             break
@@ -299,7 +306,7 @@ def _rows(info: TensorInfo, first: int, count: int) -> Tensor:
 # -------------------------------------------------------------------- what travels
 
 
-def _released_meta(path: Path, head: Mapping[str, Any], family: str) -> CheckpointMeta:
+def _released_meta(path: Path, head: Mapping[str, Any], family: str, config: GLMConfig) -> CheckpointMeta:
     """Special ids that the config itself names, stop ids and generation defaults."""
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     stops = generation.get("eos_token_id", head.get("eos_token_id"))
@@ -312,6 +319,8 @@ def _released_meta(path: Path, head: Mapping[str, Any], family: str) -> Checkpoi
             "[MASK]": head.get("mask_token_id", sop - 4), "[gMASK]": head.get("gmask_token_id", sop - 3),
             "<sop>": sop, "<eop>": head.get("eos_token_id", sop + 1),
         }  # fmt: skip
+    elif family == "glm-10b":
+        special = _sat_special_ids(head, family, config)
     return CheckpointMeta(special, stop_ids, generation=_generation(generation), **our_fields(head))
 
 

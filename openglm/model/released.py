@@ -43,11 +43,14 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
     """
     kind = c.get("model_type")
     c = {**_HF_DEFAULTS.get(str(kind), {}), **c}
+    shape = _checked(shape, folder)
     try:
         if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
             return "chatglm-6b", _chatglm_6b(c, shape)
         if kind == "chatglm":
-            return "chatglm2", _chatglm2(c, folder, names)
+            return "chatglm2", _chatglm2(c, folder, names, shape)
+        if kind == "glm" and "transformer.position_embeddings.weight" in names:
+            return "glm-10b", _glm_2021(c, names, shape)
         if kind in ("glm", "glm4"):
             return f"hf-{kind}", _hf_glm(c, kind, names)
         if kind in ("llama", "qwen2"):
@@ -57,39 +60,67 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
     raise ValueError(f"{folder / 'config.json'} has the unknown model_type {kind!r}; known: {KNOWN}")
 
 
+def _checked(shape: Shape, folder: Path) -> Shape:
+    def checked(name: str) -> tuple[int, ...]:
+        try:
+            return shape(name)
+        except KeyError:
+            raise ValueError(f"{folder} lacks the tensor {name}: fetch it again") from None
+
+    return checked
+
+
 def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
-    heads, dim = c["num_attention_heads"], c["hidden_size"]
-    if not c.get("position_encoding_2d", True):
-        raise ValueError("config.json: position_encoding_2d false was never released and is not supported")
+    n_layers, heads = c["num_layers"], c["num_attention_heads"]
+    rows, dim = shape("transformer.word_embeddings.weight")
     return GLMConfig(
-        vocab_size=shape("transformer.word_embeddings.weight")[0], dim=dim, n_layers=c["num_layers"], n_heads=heads,
-        n_kv_heads=heads, head_dim=dim // heads, ffn_dim=c.get("inner_hidden_size", 4 * dim),
-        max_seq_len=c["max_sequence_length"], norm="layer", norm_eps=c.get("layernorm_epsilon", 1e-5),
+        vocab_size=rows, dim=dim, n_layers=n_layers, n_heads=heads, n_kv_heads=heads, head_dim=dim // heads,
+        ffn_dim=shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0],
+        max_seq_len=c.get("max_sequence_length", 2048), norm="layer", norm_eps=c.get("layernorm_epsilon", 1e-5),
         residual="normed",
         # The released code builds its blocks with the default depth of 28, whatever num_layers says.
         residual_alpha=(2 * 28) ** 0.5, mlp="gelu", linear_bias=True,
-        rope=RopeConfig(axes=2, freq_dtype="float16"), mask="prefix", tie_embeddings=True,
+        # With one position a token, over the whole head, it counts as GLM-130B does.
+        rope=RopeConfig(axes=2 if c.get("position_encoding_2d", True) else 1, freq_dtype="float16"), mask="prefix",
+        # The first release knows its ids by heart; its configs name none of a mask.
+        sop_position="index" if rows >= 150000 and "gmask_token_id" not in c else "mask", tie_embeddings=True,
     )  # fmt: skip
 
 
-def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str]) -> GLMConfig:
-    for field, only in (("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
-                        ("apply_residual_connection_post_layernorm", False)):  # fmt: skip
-        if c.get(field, only) is not only:
+def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str], shape: Shape) -> GLMConfig:
+    for field, only in (("post_layer_norm", True), ("original_rope", True), ("interleaved_qkv", False),
+                        ("rotary_percent", 0.5)):  # fmt: skip
+        if c.get(field, only) != only:
             raise ValueError(f"config.json: {field} {c[field]} was never released and is not supported")
-    heads = c["num_attention_heads"]
+    n_layers, heads = c["num_layers"], c["num_attention_heads"]
+    rows, dim = shape("transformer.embedding.word_embeddings.weight")
     ratio, scale = float(c.get("rope_ratio") or 1.0), 1.0
     if ratio != 1.0 and _divides_positions(c, folder):
         ratio, scale = 1.0, ratio
+    linear_bias = bool(c.get("add_bias_linear", False))
     return GLMConfig(
-        vocab_size=c["padded_vocab_size"], dim=c["hidden_size"], n_layers=c["num_layers"], n_heads=heads,
+        vocab_size=rows, dim=dim, n_layers=n_layers, n_heads=heads,
         n_kv_heads=c.get("multi_query_group_num", 1) if c.get("multi_query_attention", False) else heads,
-        head_dim=c["kv_channels"], ffn_dim=c["ffn_hidden_size"],
-        max_seq_len=c.get("seq_length", 2048), norm_eps=c.get("layernorm_epsilon", 1e-5),
-        qkv_bias=c.get("add_qkv_bias", "transformer.encoder.layers.0.self_attention.query_key_value.bias" in names),
-        rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        head_dim=c.get("kv_channels") or dim // heads,
+        ffn_dim=shape("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight")[0] // 2,
+        max_seq_len=c.get("seq_length", 2048), norm="rms" if c.get("rmsnorm", True) else "layer",
+        norm_eps=c.get("layernorm_epsilon", 1e-5),
+        residual="normed" if c.get("apply_residual_connection_post_layernorm", False) else "stream",
+        qkv_bias=linear_bias or "transformer.encoder.layers.0.self_attention.query_key_value.bias" in names,
+        linear_bias=linear_bias, rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
+        # The released code never ties them, whatever tie_word_embeddings says.
+        tie_embeddings="transformer.output_layer.weight" not in names,
     )  # fmt: skip
+
+
+def _glm_2021(c: Mapping[str, Any], names: frozenset[str], shape: Shape) -> GLMConfig:
+    """The original GLM as a Hugging Face folder; its model_type is that of GLM-4, its tensors are the shards'."""
+    for field, only in (("block_position_encoding", True), ("relative_encoding", False), ("spell_length", None)):
+        if c.get(field, only) != only:
+            raise ValueError(f"config.json: {field} {c[field]} of the original GLM is not supported")
+    sizes = {"max_position_embeddings": c["max_sequence_length"]} if "max_sequence_length" in c else {}
+    known = {key: c[key] for key in ("num_attention_heads", "layernorm_epsilon") if key in c}
+    return sat_config(known | sizes, names, shape)[1]
 
 
 def _divides_positions(c: Mapping[str, Any], folder: Path) -> bool:
@@ -106,9 +137,15 @@ def _divides_positions(c: Mapping[str, Any], folder: Path) -> bool:
     return version[:1] == ["4"] and len(version) > 1 and version[1].isdigit() and int(version[1]) < 30
 
 
+def _scaling(c: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
+
+
 def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
     """Rotary fields of a Hugging Face config: rope_theta and rope_scaling, or rope_parameters (transformers 5)."""
-    scaling = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    scaling = _scaling(c)
+    if layered := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
+        raise ValueError(f"config.json: rotary fields of their own for {layered[0]} are not supported")
     theta = float(scaling.get("rope_theta") or c.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -116,12 +153,15 @@ def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta=theta, fraction=fraction, position_scale=float(scaling["factor"]))
     if kind == "yarn":
-        context = int(scaling.get("original_max_position_embeddings") or c["max_position_embeddings"])
+        original = c.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+        context = int(original or c["max_position_embeddings"])
         known = {"rope_type", "type", "factor", "original_max_position_embeddings", "rope_theta",
                  "partial_rotary_factor"}  # fmt: skip
-        if extra := sorted(name for name, value in scaling.items() if name not in known and value is not None):
+        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what is computed, spelled out
+        if extra := sorted(n for n, v in scaling.items() if n not in known and v is not None and v != usual.get(n)):
             raise ValueError(f"config.json: YaRN with {extra[0]} is not supported: only factor and original context")
-        return RopeConfig(theta=theta, fraction=fraction, yarn_factor=float(scaling["factor"]), yarn_context=context)
+        factor = float(scaling.get("factor") or c["max_position_embeddings"] / context)
+        return RopeConfig(theta=theta, fraction=fraction, yarn_factor=factor, yarn_context=context)
     if kind == "llama3":
         low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
         if (low, high) != (1.0, 4.0):
@@ -160,9 +200,13 @@ def _hf_shape(c: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 def _hf_glm(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConfig:
-    parameters = c.get("rope_parameters") or {}
-    fraction = c.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 0.5))
-    return GLMConfig(**_hf_shape(c, names), sandwich=kind == "glm4", rope=_rope(c, fraction))
+    return GLMConfig(**_hf_shape(c, names), sandwich=kind == "glm4", rope=_rope(c, _fraction(c, 0.5)))
+
+
+def _fraction(c: Mapping[str, Any], default: float) -> float:
+    """partial_rotary_factor: in the rotary fields, else beside them."""
+    scaling = _scaling(c)
+    return float(scaling.get("partial_rotary_factor") or c.get("partial_rotary_factor") or default)
 
 
 def _hf_llama(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConfig:
@@ -170,7 +214,7 @@ def _hf_llama(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConf
         raise ValueError("config.json: a Llama with biases outside of QKV is not supported")
     if kind == "qwen2" and c.get("use_sliding_window") and c.get("max_window_layers", 0) < c["num_hidden_layers"]:
         raise ValueError("config.json: use_sliding_window is not supported: set it to false to see all tokens")
-    fraction = c.get("partial_rotary_factor", (c.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0))
+    fraction = _fraction(c, 1.0)
     if fraction != 1.0:  # versions of transformers differ in whether they obey it
         raise ValueError(f"config.json: partial_rotary_factor {fraction} of a {kind} model is not supported: only 1.0")
     return GLMConfig(**_hf_shape(c, names), rope=_rope(c, 1.0))

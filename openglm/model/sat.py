@@ -21,6 +21,8 @@ from openglm.ops.quant import QuantTensor, Weight
 
 __all__ = ["SatSource", "cut", "find_shards"]
 
+MIXIN = "mixins.block_position_embedding.block_position_embeddings.weight"
+EMBED = "word_embeddings.weight"
 Rule = Literal["copy", "rows", "columns", "halves", "thirds"]
 
 
@@ -67,7 +69,7 @@ class SatSource:
 
     def __init__(self, shards: Iterable[Path]) -> None:
         self.files = list(shards)
-        self.ranks: list[dict[str, TensorInfo]] = [open_file(path) for path in self.files]
+        self.ranks: list[dict[str, TensorInfo]] = [_usual_names(open_file(path)) for path in self.files]
         first = self.ranks[0]
         for path, rank in zip(self.files, self.ranks, strict=True):
             if rank.keys() != first.keys():
@@ -116,6 +118,14 @@ class SatSource:
             return 0
         width = self.ranks[0]["transformer.layers.0.attention.query_key_value.weight"].shape[1]
         return 8 if width == self.dim else 4
+
+
+def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The original GLM's Chinese 10B was trained in another program, whose names differ for two tensors."""
+    if MIXIN not in tensors:
+        return tensors
+    names = {MIXIN: "transformer.block_position_embeddings.weight", "transformer.word_embeddings.weight": EMBED}
+    return {names.get(name, name): info for name, info in tensors.items()}
 
 
 def join(parts: list[Weight], rule: Rule) -> Weight:

@@ -58,21 +58,30 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: contiguous bytes of one file."""
+    """Where a tensor lies in one file: n_bytes from `offset` on, or, with strides (in elements), in a longer span."""
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def span_bytes(self) -> int:
+        """From the first element to the last."""
+        if self.strides is None or not self.n_bytes:
+            return self.n_bytes
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
     def read(self) -> Tensor:
         if not self.n_bytes:
             return torch.empty(self.shape, dtype=self.dtype)
-        data = bytearray(self.n_bytes)
+        data = bytearray(self.span_bytes)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             view, done = memoryview(data), 0
@@ -83,8 +92,9 @@ class TensorInfo:
                 done += n
             # The pages stay the kernel's to drop: a large checkpoint must not push everything else out of memory.
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), self.offset, self.n_bytes, os.POSIX_FADV_DONTNEED)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+                os.posix_fadvise(file.fileno(), self.offset, len(data), os.POSIX_FADV_DONTNEED)
+        flat = torch.frombuffer(data, dtype=self.dtype)
+        return flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides).contiguous()
 
 
 class FileSource:
@@ -243,12 +253,10 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
             continue
         offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         assert offset is not None, "this PyTorch does not tell offsets in checkpoint files"
-        info = TensorInfo(
-            path, offset + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape)
-        )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{path}: {name} is stored as a strided view, which is not supported: save it contiguous")
-        if info.offset + info.n_bytes > size:
+        strides = None if tensor.is_contiguous() else tuple(tensor.stride())  # a part of a larger matrix, or turned
+        start = offset + tensor.storage_offset() * tensor.element_size()
+        info = TensorInfo(path, start, tensor.dtype, tuple(tensor.shape), strides)
+        if info.offset + info.span_bytes > size:
             raise ValueError(f"{path} was cut short inside the tensor {name}: fetch it again")
         tensors[name] = info
     return tensors
