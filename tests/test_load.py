@@ -79,6 +79,12 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
     ({"model_type": "glm", "rope_parameters": {"rope_theta": 5e6, "rope_type": "default",
                                                "partial_rotary_factor": 1.0}}, RopeConfig(theta=5e6)),
     ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, RopeConfig(position_scale=2.0)),
+    ({"model_type": "glm", "partial_rotary_factor": 1.0, "rope_parameters": {
+        "rope_theta": 1e4, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25,
+    }}, RopeConfig(fraction=0.25, position_scale=2.0)),  # what lies with the others counts
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": None, "max_window_layers": 0,
+      "rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192, "beta_fast": 32,
+                       "beta_slow": 1.0, "attention_factor": None}}, RopeConfig(yarn_factor=4.0, yarn_context=8192)),
     ({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -101,7 +107,11 @@ def test_rotary_fields_of_hugging_face_configs(change: dict[str, Any], rope: Rop
      "lacks 'original_max_position_embeddings'"),
     ({"model_type": "llama", "mlp_bias": True}, "biases outside of QKV"),
     ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act 'relu'"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 9,
+      "layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+    ({"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
+     "rotary fields of their own for full_attention"),
     ({"model_type": "chatglm"}, "lacks"),
     ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 of a llama"),
     ({"model_type": "glm4", "rope_scaling": {"type": "yarn", "beta_fast": 16, **YARN}}, "YaRN with beta_fast"),

@@ -71,11 +71,11 @@ def _checked(shape: Shape, folder: Path) -> Shape:
 
 
 def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
-    n_layers, heads = c["num_layers"], c["num_attention_heads"]
-    rows, dim = shape("transformer.word_embeddings.weight")
+    n_layers, heads, dim = c["num_layers"], c["num_attention_heads"], c["hidden_size"]
+    rows = shape("transformer.word_embeddings.weight")[0]
     return GLMConfig(
         vocab_size=rows, dim=dim, n_layers=n_layers, n_heads=heads, n_kv_heads=heads, head_dim=dim // heads,
-        ffn_dim=shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0],
+        ffn_dim=c.get("inner_hidden_size") or shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0],
         max_seq_len=c.get("max_sequence_length", 2048), norm="layer", norm_eps=c.get("layernorm_epsilon", 1e-5),
         residual="normed",
         # The released code builds its blocks with the default depth of 28, whatever num_layers says.
@@ -92,24 +92,25 @@ def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str], shape: 
                         ("rotary_percent", 0.5)):  # fmt: skip
         if c.get(field, only) != only:
             raise ValueError(f"config.json: {field} {c[field]} was never released and is not supported")
-    n_layers, heads = c["num_layers"], c["num_attention_heads"]
-    rows, dim = shape("transformer.embedding.word_embeddings.weight")
+    n_layers, heads, dim = c["num_layers"], c["num_attention_heads"], c["hidden_size"]
     ratio, scale = float(c.get("rope_ratio") or 1.0), 1.0
     if ratio != 1.0 and _divides_positions(c, folder):
         ratio, scale = 1.0, ratio
     linear_bias = bool(c.get("add_bias_linear", False))
+    bias = "transformer.encoder.layers.0.self_attention.query_key_value.bias"
     return GLMConfig(
-        vocab_size=rows, dim=dim, n_layers=n_layers, n_heads=heads,
+        vocab_size=c.get("padded_vocab_size") or shape("transformer.embedding.word_embeddings.weight")[0],
+        dim=dim, n_layers=n_layers, n_heads=heads,
         n_kv_heads=c.get("multi_query_group_num", 1) if c.get("multi_query_attention", False) else heads,
         head_dim=c.get("kv_channels") or dim // heads,
-        ffn_dim=shape("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight")[0] // 2,
+        ffn_dim=c.get("ffn_hidden_size") or shape("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight")[0] // 2,
         max_seq_len=c.get("seq_length", 2048), norm="rms" if c.get("rmsnorm", True) else "layer",
         norm_eps=c.get("layernorm_epsilon", 1e-5),
         residual="normed" if c.get("apply_residual_connection_post_layernorm", False) else "stream",
-        qkv_bias=linear_bias or "transformer.encoder.layers.0.self_attention.query_key_value.bias" in names,
+        qkv_bias=linear_bias or c.get("add_qkv_bias", bias in names),
         linear_bias=linear_bias, rope=RopeConfig(theta=10000.0 * ratio, fraction=0.5, position_scale=scale),
-        # The released code never ties them, whatever tie_word_embeddings says.
-        tie_embeddings="transformer.output_layer.weight" not in names,
+        # The released code never ties them; a file without the second matrix was saved by one that does.
+        tie_embeddings=bool(c.get("tie_word_embeddings")) and "transformer.output_layer.weight" not in names,
     )  # fmt: skip
 
 
@@ -212,7 +213,9 @@ def _fraction(c: Mapping[str, Any], default: float) -> float:
 def _hf_llama(c: Mapping[str, Any], kind: str, names: frozenset[str]) -> GLMConfig:
     if c.get("mlp_bias") or "model.layers.0.self_attn.o_proj.bias" in names:
         raise ValueError("config.json: a Llama with biases outside of QKV is not supported")
-    if kind == "qwen2" and c.get("use_sliding_window") and c.get("max_window_layers", 0) < c["num_hidden_layers"]:
+    layers = c.get("layer_types") or [c.get("max_window_layers", 28) < c["num_hidden_layers"] and "sliding_attention"]
+    windows = kind == "qwen2" and c.get("use_sliding_window") and c.get("sliding_window", 4096) is not None
+    if windows and "sliding_attention" in layers:
         raise ValueError("config.json: use_sliding_window is not supported: set it to false to see all tokens")
     fraction = _fraction(c, 1.0)
     if fraction != 1.0:  # versions of transformers differ in whether they obey it

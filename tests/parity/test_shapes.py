@@ -95,7 +95,9 @@ def two(c: Mapping[str, Any]) -> dict[str, Shape]:
     }  # fmt: skip
 
 
-def check(folder: Path, ids: list[int], wanted: Callable[[list[int]], Tensor], adapter: Path | None = None) -> GLMConfig:
+def check(
+    folder: Path, ids: list[int], wanted: Callable[[list[int]], Tensor], adapter: Path | None = None
+) -> GLMConfig:
     """Logits of ids, and that each greedily drawn token, with the cache, is one that the formula ranks first."""
     opened = open_weights(folder, adapter)
     engine = Engine(load_weights(opened, dtype=torch.float32), opened.meta.special_ids)
@@ -120,8 +122,10 @@ def write(folder: Path, config: Mapping[str, Any], state: Tensors, form: str = "
 
 # -------------------------------------------------------------------- ChatGLM-6B
 
-SIX = {"model_type": "chatglm", "hidden_size": 60, "num_attention_heads": 5, "num_layers": 3, "vocab_size": 71,
-       "bos_token_id": 68, "mask_token_id": 64, "gmask_token_id": 65}  # fmt: skip
+SIX: dict[str, Any] = {
+    "model_type": "chatglm", "hidden_size": 60, "num_attention_heads": 5, "num_layers": 3, "vocab_size": 71,
+    "bos_token_id": 68, "mask_token_id": 64, "gmask_token_id": 65,
+}  # fmt: skip
 GMASK, MASK = [7, 9, 11, 3, 65, 68], [7, 64, 9, 11, 3, 68, 5, 6]
 
 
@@ -131,7 +135,7 @@ GMASK, MASK = [7, 9, 11, 3, 65, 68], [7, 64, 9, 11, 3, 68, 5, 6]
     ({}, 64, 0, [7, 65, 9, 64, 3, 68, 5]),
 ])  # fmt: skip
 def test_chatglm_6b(tmp_path: Path, change: dict[str, Any], ffn: int, bits: int, ids: list[int]) -> None:
-    """The config leaves out what the code has defaults for, and says nothing true of the width of the MLP."""
+    """The config leaves out what the code has defaults for, and the width of the MLP."""
     config = SIX | change
     state = random_state(six(config, ffn), 1, torch.float16)
     if bits:
@@ -182,9 +186,11 @@ def test_a_prefix_is_found_with_its_base(tmp_path: Path, projected: bool) -> Non
 
 # -------------------------------------------------------------------- ChatGLM2 and later
 
-TWO = {"model_type": "chatglm", "hidden_size": 36, "num_attention_heads": 6, "num_layers": 3, "kv_channels": 12,
-       "ffn_hidden_size": 22, "padded_vocab_size": 53, "multi_query_attention": True, "multi_query_group_num": 3,
-       "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7}  # fmt: skip
+TWO: dict[str, Any] = {
+    "model_type": "chatglm", "hidden_size": 36, "num_attention_heads": 6, "num_layers": 3, "kv_channels": 12,
+    "ffn_hidden_size": 22, "padded_vocab_size": 53, "multi_query_attention": True, "multi_query_group_num": 3,
+    "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "bits"), [
@@ -259,8 +265,8 @@ def test_glm_130b(tmp_path: Path, n_ranks: int, bits: int, ids: list[int]) -> No
     if bits:
         ranks = [quantised(rank, bits) for rank in ranks]
     folder = shards(tmp_path / "m", args, ranks, turned=n_ranks == 4)
+    read = [rank | {"bits": torch.tensor(bits)} for rank in ranks]
     for path in (folder, folder / "3000"):
-        read = [rank | {"bits": torch.tensor(bits)} for rank in ranks]
         found = check(path, ids, lambda row: originals.glm_130b(read, args, row))
         assert found.residual_alpha == math.sqrt(4)
 
