@@ -84,7 +84,7 @@ def reference_ids(template: str, messages: list[Message], tools: list[ToolSpec],
 
 CONVERSATIONS = [
     (CHAT, []), ([SYSTEM, *CHAT], []), (WORK, list(TOOLS)), ([SYSTEM, *WORK], list(TOOLS)), (WORK[:4], list(TOOLS)),
-    (WORK[:3], [TOOLS[0]]),
+    (WORK[:3], [TOOLS[0]]), ([Message("system", ""), *CHAT], []), ([Message("system", ""), *WORK], list(TOOLS)),
 ]  # fmt: skip
 
 

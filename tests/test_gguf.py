@@ -266,3 +266,7 @@ def test_tensors_and_metadata_must_fit(llama: tuple[Path, dict[str, torch.Tensor
     refused(write(path, "llama", tensors, rope__scaling__type="longrope"), "rotary scaling 'longrope'")
     refused(write(path, "qwen2", tensors, attention__sliding_window=64), "sliding attention window")
     refused(write(path, "qwen2", tensors, rope__dimension_sections=[8, 12, 12, 0]), "sections")
+    refused(write(path, "llama", tensors, attention__scale=0.5), "scale of attention scores is .*= 0.5. not supported")
+    refused(write(path, "qwen2", tensors, rope__scaling__yarn_beta_fast=16.0), "YaRN with another ramp")
+    refused(write(path, "llama", tensors, nextn_predict_layers=1), "layers for tokens further on")
+    open_gguf(write(path, "llama", tensors, rope__scaling__yarn_beta_fast=32.0, logit_scale=1.0))

@@ -61,7 +61,7 @@ class ChatMlFormat(BaseFormat):
         parts: list[Part] = []
         if tools:
             declared = "".join("\n" + dump({"type": "function", "function": function_object(t)}) for t in tools)
-            before = f"{system}\n\n" if system else ""
+            before = "" if system is None else f"{system}\n\n"
             parts += self._turn("system", f"{before}{TOOLS_BEFORE}{declared}{TOOLS_AFTER}")
         elif system is not None:
             parts += self._turn("system", system)

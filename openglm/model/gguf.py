@@ -43,6 +43,26 @@ STOP_TOKENS = {
     "qwen2": ("<|im_end|>", "<|endoftext|>"),
 }
 CONTROL = 3  # token type of specials
+# What changes a model's numbers and none of these has: key -> what it is, and the values that mean that it is not there.
+TRAITS: dict[str, tuple[Any, ...]] = {
+    "expert_count": ("a mixture of experts is", 0),
+    "attention.sliding_window": ("a sliding attention window is", 0),
+    "attention.scale": ("another scale of attention scores is", 0.0),
+    "attention.causal": ("attention in both directions is", True),
+    "attention.clamp_kqv": ("clamping of keys and values is", 0.0),
+    "attention.max_alibi_bias": ("a bias by distance is", 0.0),
+    "attn_logit_softcapping": ("a cap on attention scores is", 0.0),
+    "final_logit_softcapping": ("a cap on logits is", 0.0),
+    "logit_scale": ("a scale of logits is", 0.0, 1.0),
+    "residual_scale": ("a scale of the residual stream is", 0.0, 1.0),
+    "embedding_scale": ("a scale of embeddings is", 0.0, 1.0),
+    "use_parallel_residual": ("attention beside the MLP is", False),
+    "nextn_predict_layers": ("layers for tokens further on are", 0),
+    "rope.scaling.alpha": ("rotary scaling by alpha is", 0.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": ("another attention factor of YaRN is", 0.0),
+    "rope.scaling.yarn_beta_fast": ("YaRN with another ramp is", 32.0),
+    "rope.scaling.yarn_beta_slow": ("YaRN with another ramp is", 1.0),
+}
 # Sampling defaults that the format has fields for.
 SAMPLING = {
     "temperature": "general.sampling.temp", "top_k": "general.sampling.top_k", "top_p": "general.sampling.top_p",
@@ -204,8 +224,8 @@ def _config(architecture: str, fields: Mapping[str, Any], file: GgufFile) -> GLM
     if fields.get("split.count", 1) > 1:
         raise ValueError(f"one of {fields['split.count']} parts: join them with llama-gguf-split --merge")
     meta = _Metadata(architecture, fields)
-    meta.refuse("expert_count", "a mixture of experts is")
-    meta.refuse("attention.sliding_window", "a sliding attention window is")
+    for key, (what, *allowed) in TRAITS.items():
+        meta.refuse(key, what, tuple(allowed))
     for tensor in ("token_embd.weight", "output_norm.weight"):
         if tensor not in file.tensors:
             raise ValueError(f"the tensor {tensor} is missing: fetch the file again")

@@ -195,6 +195,8 @@ def open_model(path: str | Path) -> OpenedModel:
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _open_gguf(files[0])
+    if files:
+        raise ValueError(f"{path} holds {len(files)} .gguf files: give one of them, such as {files[0].name}")
     raise ValueError(f"{path} is no checkpoint: it has no {CONFIG}; known: {KNOWN}")
 
 
@@ -299,8 +301,8 @@ def _same_rows(a: TensorInfo, b: TensorInfo, n_rows: int | None) -> bool:
 
 def _rows(info: TensorInfo, first: int, count: int) -> Tensor:
     """Some rows of a matrix in float32; the others are not read."""
-    offset = info.offset + first * (info.n_bytes // info.shape[0])
-    return replace(info, offset=offset, shape=(count, *info.shape[1:])).read().float()
+    row_bytes = info.n_bytes // info.shape[0] if info.strides is None else info.strides[0] * info.dtype.itemsize
+    return replace(info, offset=info.offset + first * row_bytes, shape=(count, *info.shape[1:])).read().float()
 
 
 # -------------------------------------------------------------------- what travels
