@@ -93,8 +93,9 @@ def with_text(opened: OpenedModel, chat_format: str | None = None) -> Reference:
     tokenizer = _tokenizer(opened)
     if tokenizer is not None:
         _check_vocabulary(opened, tokenizer)
+    ours = _is_ours(opened)  # told by its meta, before that is completed
     opened = dataclasses.replace(opened, meta=_completed(opened, tokenizer))
-    return _with_format(opened, tokenizer, chat_format)
+    return _with_format(opened, tokenizer, chat_format, ours)
 
 
 def _base_of(adapter: Path) -> Path:
@@ -169,7 +170,7 @@ def _is_ours(opened: OpenedModel) -> bool:
     return opened.family == "openglm" or (opened.family == "gguf" and bool(opened.meta.special_ids))
 
 
-def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None) -> Reference:
+def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | None, ours: bool) -> Reference:
     if tokenizer is None:
         if name is not None:
             raise ValueError(f"{opened.path} has no tokenizer, so it takes no chat format")
@@ -177,7 +178,7 @@ def _with_format(opened: OpenedModel, tokenizer: Tokenizer | None, name: str | N
     from openglm.formats import detect_format, get_format
 
     name = name or opened.meta.chat_format
-    if name is None and not _is_ours(opened):
+    if name is None and not ours:
         family = {"chatglm-6b": "chatglm-6b", "glm-130b": "glm-130b", "glm-10b": None}
         name = family.get(opened.family, "?")
         if name == "?":

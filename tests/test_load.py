@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ import pytest
 import torch
 
 from openglm.config import GLMConfig, RopeConfig
+from openglm.convert import convert
+from openglm.loading import open_reference, with_text
 from openglm.model.adapters import apply_adapter
+from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
+from openglm.model.init import init_weights
 from openglm.model.linear import QuantEmbedding, QuantLinear
 from openglm.model.load import build_transformer
 from openglm.model.opened import open_model
 from openglm.model.released import released_config
+from openglm.model.transformer import Transformer
 from openglm.ops.quant import QuantTensor
 from openglm.quant import QuantSpec, quantise
+from openglm.tokenizer import Tokenizer
 
 # -------------------------------------------------------------------- quantised layers
 
@@ -286,3 +293,19 @@ def test_forms_that_the_packed_layout_cannot_hold() -> None:
         pack_thudm_quant(quantise(torch.randn(4, 64), QuantSpec()))
     packed = quantise(torch.randn(4, 64), QuantSpec(4, None, True))
     assert isinstance(packed, QuantTensor) and pack_thudm_quant(packed)[0].shape == (4, 32)
+
+
+def test_a_gguf_of_others_has_the_chat_format_that_its_tokens_tell(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What we wrote says it itself; any other file is known by its tokens and template."""
+    special = tiny_tokenizer.special_ids
+    config = GLMConfig(
+        vocab_size=tiny_tokenizer.vocab_size, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64,
+        max_seq_len=64, rope=RopeConfig(fraction=0.5),
+    )  # fmt: skip
+    meta = CheckpointMeta(special, (special["<|user|>"],), "glm-4", tiny_tokenizer.kind)
+    save_checkpoint(tmp_path / "a", init_weights(Transformer(config), seed=1), config, meta, tiny_tokenizer.files)
+    convert(open_reference(tmp_path / "a"), tmp_path / "a.gguf", "gguf")
+    ours = open_model(tmp_path / "a.gguf")
+    assert ours.family == "gguf" and with_text(ours).meta.chat_format == "glm-4"
+    foreign = with_text(replace(ours, meta=CheckpointMeta()))
+    assert foreign.meta.chat_format == "glm-4" and foreign.chat_format is not None
