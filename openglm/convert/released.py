@@ -21,7 +21,7 @@ from openglm.convert.plan import Plan, write_shards
 from openglm.loading import Reference
 from openglm.model.checkpoint import CONFIG
 from openglm.model.export import generation_config, hf_architecture, hf_config
-from openglm.model.hf_tokenizer import hf_tokenizer_files
+from openglm.model.hf_tokenizer import cuts_like_qwen2, hf_tokenizer_files
 from openglm.model.sat import cut
 from openglm.model.sources import dtype_name, pack_thudm_quant
 from openglm.model.weights import FAMILIES, export_weights, names_of
@@ -39,7 +39,11 @@ def to_hf(reference: Reference, out: OutputFolder, plan: Plan) -> int:
     opened = plan.opened
     kind_of_norms = floats(plan.weight("norm.weight")).dtype
     dtype = plan.dtype or (kind_of_norms if kind_of_norms.itemsize == 2 else torch.bfloat16)
-    kind, family = hf_architecture(opened.config, opened.family)
+    texts: dict[str, bytes] = {}
+    if reference.tokenizer is not None:
+        texts = hf_tokenizer_files(reference.tokenizer, opened.chat_template, reference.meta.stop_ids)
+    qwen_text = not texts or cuts_like_qwen2(texts["tokenizer.json"])
+    kind, family = hf_architecture(opened.config, opened.family, qwen_text)
 
     def tensors(ours: str) -> Iterator[tuple[str, Tensor]]:
         weight = floats(plan.weight(ours), dtype)
@@ -49,16 +53,12 @@ def to_hf(reference: Reference, out: OutputFolder, plan: Plan) -> int:
 
     n_tensors = write_shards(out, plan, tensors)
     stored = floats(plan.weight("layers.0.attn.out.weight"), dtype).dtype
-    texts = {
-        CONFIG: hf_config(opened.config, reference.meta, kind, dtype_name(stored)),
-        "generation_config.json": generation_config(reference.meta),
+    texts |= {
+        CONFIG: _json(hf_config(opened.config, reference.meta, kind, dtype_name(stored))),
+        "generation_config.json": _json(generation_config(reference.meta)),
     }
-    for name, value in texts.items():
-        out.write_bytes(name, _json(value))
-    if reference.tokenizer is not None:
-        files = hf_tokenizer_files(reference.tokenizer, opened.chat_template, reference.meta.stop_ids)
-        for name, content in files.items():
-            out.write_bytes(name, content)
+    for name, content in texts.items():
+        out.write_bytes(name, content)
     return n_tensors
 
 

@@ -19,9 +19,11 @@ OUR_FIELDS = ("chat_format", "description", "prompt_prefix")
 FAMILY_OF = {"glm": "hf-glm", "glm4": "hf-glm4", "llama": "hf-llama", "qwen2": "hf-llama"}
 
 
-def hf_architecture(config: GLMConfig, family: str = "") -> tuple[str, str]:
+def hf_architecture(config: GLMConfig, family: str = "", qwen_text: bool = True) -> tuple[str, str]:
     """(model_type, key of `weights.FAMILIES`) that computes this config; family: of the checkpoint it comes from.
 
+    qwen_text: whether text is cut as Qwen2 does it, which transformers takes for granted of qwen2 whatever
+    tokenizer.json says; glm computes the same and believes the file.
     Raises ValueError for a model that Hugging Face has no architecture for.
     """
     c = config
@@ -33,7 +35,7 @@ def hf_architecture(config: GLMConfig, family: str = "") -> tuple[str, str]:
         raise ValueError("Hugging Face has no architecture with rotary frequencies in half precision: use openglm")
     if c.sandwich:
         kind = "glm4"
-    elif c.rope.fraction < 1.0 or family == "hf-glm":
+    elif c.rope.fraction < 1.0 or family == "hf-glm" or (c.qkv_bias and not qwen_text):
         kind = "glm"
     else:
         kind = "qwen2" if c.qkv_bias else "llama"
@@ -90,4 +92,5 @@ def generation_config(meta: CheckpointMeta) -> dict[str, Any]:
     if sampling.get("temperature", 1.0) == 0.0:
         kept = {k: v for k, v in sampling.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
         return value | kept | {"do_sample": False}
-    return value | sampling | ({"do_sample": True} if "temperature" in sampling else {})
+    draws = sampling.keys() & {"temperature", "top_k", "top_p", "min_p"}
+    return value | sampling | ({"do_sample": True} if draws else {})

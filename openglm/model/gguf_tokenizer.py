@@ -19,7 +19,7 @@ from openglm.tokenizer.patterns import GGUF_SPLITS, SPLIT_GPT2
 from openglm.tokenizer.sentencepiece import read_number
 from openglm.tokenizer.tiktoken import parse_ranks
 
-__all__ = ["gguf_tokenizer_fields", "padded_tokens"]
+__all__ = ["gguf_tokenizer_fields", "padded_tokens", "splits_of"]
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -75,7 +75,7 @@ def _json(tokenizer: Tokenizer, vocabulary: Mapping[str, bytes]) -> dict[str, An
     if "tokenizer.json" in vocabulary:
         content = json.loads(vocabulary["tokenizer.json"])
         model, added = content["model"], content.get("added_tokens") or []
-        splits, merges = _splits(content.get("pre_tokenizer")), model["merges"]
+        splits, merges = splits_of(content.get("pre_tokenizer")), model["merges"]
         vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
     else:
         vocab, added, splits, whole = json.loads(vocabulary["vocab.json"]), [], [SPLIT_GPT2], False
@@ -86,12 +86,12 @@ def _json(tokenizer: Tokenizer, vocabulary: Mapping[str, bytes]) -> dict[str, An
     return _byte_level(vocab, pairs, splits, matched, tokenizer.special_ids, whole)
 
 
-def _splits(node: Any) -> list[str]:
+def splits_of(node: Any) -> list[str]:
     """The regular expressions of a tokenizer.json's pre-tokenizer, one after another."""
     if node is None:
         return []
     if node["type"] == "Sequence":
-        return [split for part in node["pretokenizers"] for split in _splits(part)]
+        return [split for part in node["pretokenizers"] for split in splits_of(part)]
     if node["type"] == "Split" and "Regex" in node["pattern"]:
         return [node["pattern"]["Regex"]]
     if node["type"] == "Digits":

@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openglm.model.gguf_tokenizer import NORMAL, PREFIX, UNUSED, gguf_tokenizer_fields
+from openglm.model.gguf_tokenizer import NORMAL, PREFIX, UNUSED, gguf_tokenizer_fields, splits_of
 from openglm.tokenizer import Tokenizer
 from openglm.tokenizer.bpe import added_token, byte_level_json
 from openglm.tokenizer.patterns import GGUF_SPLITS
 
-__all__ = ["hf_tokenizer_files"]
+__all__ = ["cuts_like_qwen2", "hf_tokenizer_files"]
 
 # Ours, and what would bring in the release's own spellings of special tokens or its code.
 DROPPED = (
@@ -46,6 +46,15 @@ def hf_tokenizer_files(tokenizer: Tokenizer, template: str | None, stop_ids: Seq
     config["clean_up_tokenization_spaces"] = False
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     return {"tokenizer.json": content, "tokenizer_config.json": text.encode()}
+
+
+def cuts_like_qwen2(tokenizer_json: bytes) -> bool:
+    """Whether a tokenizer.json cuts text as Qwen2's does."""
+    content = json.loads(tokenizer_json)
+    try:
+        return splits_of(content.get("pre_tokenizer")) == GGUF_SPLITS["qwen2"]
+    except ValueError:
+        return False
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
