@@ -75,8 +75,8 @@ class OutputFolder:
             name: entry for name, entry in noted["files"].items()
             if (self.folder / name).is_file() and (self.folder / name).stat().st_size == entry["bytes"]
         }  # fmt: skip
-        for path in self.folder.iterdir():
-            if path.name not in sums and path.name != PROGRESS:
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in (*sums, PROGRESS):
                 path.unlink()
         return sums
 
