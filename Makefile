@@ -40,6 +40,11 @@ SANDBOX := [ "$$(uname)" != Linux ] || command -v bwrap >/dev/null || { command 
 BROWSER := command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
 	apt-get -qq update >/dev/null && apt-get -qq install -y --no-install-recommends chromium fonts-noto-cjk >/dev/null; } || true
 
+# The kernels of 64-bit ARM are tested on other machines too, under an emulator; else those tests are skipped.
+ARM := [ "$$(uname -m)" != x86_64 ] || { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { \
+	command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get -qq update >/dev/null && \
+	apt-get -qq install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user >/dev/null; } || true
+
 $(VENV)/.installed: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@$(SANDBOX)
@@ -51,6 +56,7 @@ $(VENV)/.installed-tests: pyproject.toml $(CSRC) | $(BIN)/python
 	@$(COMPILER)
 	@$(SANDBOX)
 	@$(BROWSER)
+	@$(ARM)
 	@echo "make: installing OpenGLM, PyTorch and the test tools into $(VENV); the first time this takes some minutes" >&2
 	@$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed

@@ -22,7 +22,7 @@ from unittest import mock
 from openglm.model.gguf_types import TYPES
 from openglm.ops import build, native
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILER, EMULATOR, SYSTEM = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 CPUS = {"neon": "cortex-a72", "neon-dotprod": "neoverse-n1", "neon-i8mm": "max"}  # each the best that its CPU has
 SERVER = Path(__file__).with_name("arm_server.cpp")
 FLOATS = {native.F32: 4, native.F16: 2, native.BF16: 2}
@@ -33,6 +33,8 @@ def missing() -> str | None:
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "this machine runs NEON itself"
     absent = [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]
+    if not Path(SYSTEM, "lib").is_dir():
+        absent.append(SYSTEM)
     return f"needs {' and '.join(absent)} (Debian: g++-aarch64-linux-gnu, qemu-user)" if absent else None
 
 
@@ -136,7 +138,7 @@ class RemoteLibrary:
 
     def __init__(self, folder: Path, cpu: str) -> None:
         library, server = built(folder)
-        command = [EMULATOR, "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu, str(server), str(library)]
+        command = [EMULATOR, "-L", SYSTEM, "-cpu", cpu, str(server), str(library)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._lanes = 0
         self._lanes = self.og_lanes()

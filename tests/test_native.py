@@ -175,6 +175,7 @@ CONFIGS = {
     "chatglm-6b": GLMConfig(**SHAPE, n_kv_heads=4, norm="layer", residual="normed", residual_alpha=2.0, mlp="gelu",
                             linear_bias=True, rope=RopeConfig(axes=2), mask="prefix"),
 }  # fmt: skip
+ODD = GLMConfig(vocab_size=71, dim=60, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=20, ffn_dim=100, max_seq_len=256)
 
 
 def chunk(ids: list[int], start: int, axes: int, pages: list[int], n_logits: int, n_context: int = 0) -> Chunk:
@@ -185,11 +186,19 @@ def chunk(ids: list[int], start: int, axes: int, pages: list[int], n_logits: int
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[6], FORMS[5]], ids=str)
 def test_a_pass_of_quantised_layers_equals_its_definition(isa: str, config: str, form: Form) -> None:
-    c = CONFIGS[config]
-    ours, theirs = quantised_model(c, form, mixed=True)
+    ours, theirs = quantised_model(CONFIGS[config], form, mixed=True)
     assert runs_natively(ours) and isinstance(ours.layers[0].attn.qkv, RowParts)
+    passes_are_equal(CONFIGS[config], ours, theirs)
+
+
+@pytest.mark.parametrize("form", [FORMS[3], FORMS[8]], ids=str)
+def test_sizes_that_fill_no_vector(isa: str, form: Form) -> None:
+    passes_are_equal(ODD, *quantised_model(ODD, form, mixed=False))
+
+
+def passes_are_equal(c: GLMConfig, ours: Transformer, theirs: Transformer) -> None:
     runners = NativeRunner(ours, 8, kv_dtype="float32"), TorchRunner(theirs, 8, kv_dtype="float32")
-    ids = torch.randint(0, 72, (37,), generator=torch.Generator().manual_seed(5)).tolist()
+    ids = torch.randint(0, c.vocab_size, (37,), generator=torch.Generator().manual_seed(5)).tolist()
     n_context = 20 if c.mask == "prefix" else 0
     passes = [[chunk(ids, 0, c.n_axes, [2, 0, 5], 37, n_context)], [chunk([7], 37, c.n_axes, [2, 0, 5], 1)]]
     for each in passes:
@@ -199,13 +208,13 @@ def test_a_pass_of_quantised_layers_equals_its_definition(isa: str, config: str,
         assert off.max() < 0.1 and (off < 1e-3).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("c", [CONFIGS["glm-4"], ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
-def test_plain_layers_and_every_kind_of_cache(isa: str, kv_dtype: str) -> None:
-    c = CONFIGS["glm-4"]
+def test_plain_layers_and_every_kind_of_cache(isa: str, kv_dtype: str, c: GLMConfig) -> None:
     model = init_weights(Transformer(c), seed=1, std=0.3).eval().requires_grad_(False)
     runners = NativeRunner(model, 16, kv_dtype=kv_dtype), TorchRunner(model, 16, kv_dtype=kv_dtype)
     assert abs(runners[0].kv_bytes - runners[1].kv_bytes) <= 0.01 * runners[1].kv_bytes
-    ids = torch.randint(0, 72, (150,), generator=torch.Generator().manual_seed(5)).tolist()
+    ids = torch.randint(0, c.vocab_size, (150,), generator=torch.Generator().manual_seed(5)).tolist()
     pages = [3, 1, 4, 9, 5, 2, 6, 8, 7, 0]
     got, expected = (runner.run([chunk(ids, 0, 1, pages, 150)]) for runner in runners)
     assert (got - expected).abs().max() < 5e-3 and (got - expected).abs().median() < 1e-4
@@ -213,9 +222,9 @@ def test_plain_layers_and_every_kind_of_cache(isa: str, kv_dtype: str) -> None:
     assert (got - expected).abs().max() < 5e-3
 
 
-def test_logits_do_not_depend_on_company_bit_for_bit(isa: str) -> None:
-    c = CONFIGS["glm-4"]
-    ours, _ = quantised_model(c, FORMS[0], mixed=True)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[4], FORMS[6]], ids=str)
+def test_logits_do_not_depend_on_company_bit_for_bit(isa: str, form: Form) -> None:
+    ours, _ = quantised_model(CONFIGS["glm-4"], form, mixed=True)
     ids = torch.randint(0, 72, (90,), generator=torch.Generator().manual_seed(5)).tolist()
     whole = NativeRunner(ours, 16).run([chunk(ids, 0, 1, [0, 1, 2, 3, 4, 5], 90)])
     pieces, runner, first = [], NativeRunner(ours, 16), 0
@@ -237,15 +246,22 @@ def test_layers_alone_compute_what_unpacked_ones_do() -> None:
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
-def test_logits_do_not_depend_on_threads(n_threads: int) -> None:
+def test_logits_do_not_depend_on_threads(isa: str, n_threads: int) -> None:
     before = native.describe()["threads"]
     ours, _ = quantised_model(CONFIGS["glm-4"], FORMS[0], mixed=True)
-    ids = torch.randint(0, 72, (40,), generator=torch.Generator().manual_seed(5)).tolist()
-    expected = NativeRunner(ours, 4).run([chunk(ids, 0, 1, [0, 1, 2], 40)])
+    ids = torch.randint(0, 72, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+
+    def logits() -> Tensor:
+        """Of a context, then of one token more beside the first one of another sequence."""
+        runner, pages = NativeRunner(ours, 20), list(range(19))
+        context = runner.run([chunk(ids, 0, 1, pages, 300)])
+        return torch.cat([context, runner.run([chunk([7], 300, 1, pages, 1), chunk([5], 0, 1, [19], 1)])])
+
+    expected = logits()
     native.set_threads(n_threads)
     try:
         assert native.describe()["threads"] == n_threads
-        assert torch.equal(NativeRunner(ours, 4).run([chunk(ids, 0, 1, [0, 1, 2], 40)]), expected)
+        assert torch.equal(logits(), expected)
     finally:
         native.set_threads(before)
     with pytest.raises(ValueError, match="at least 1"):
