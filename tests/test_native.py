@@ -49,10 +49,10 @@ def remotes(request: pytest.FixtureRequest) -> Iterator[dict[str, arm_helpers.Re
         remote.close()
 
 
-@pytest.fixture(params=[*native.describe().get("isas", []), *arm_helpers.CPUS])
+@pytest.fixture(params=[*native.describe().get("isas", []), *(f"emulated-{name}" for name in arm_helpers.CPUS)])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param in arm_helpers.CPUS:
-        remote = request.getfixturevalue("remotes")[request.param]
+    if request.param.startswith("emulated-"):
+        remote = request.getfixturevalue("remotes")[request.param.removeprefix("emulated-")]
         monkeypatch.setattr(native, "library", lambda: remote)
         yield request.param
         return

@@ -113,7 +113,7 @@ struct Neon : NeonFloats {
 
 #ifdef __ARM_FEATURE_DOTPROD
 struct NeonDot : NeonFloats {
-  static constexpr int panel_rows = 2;
+  static constexpr int panel_rows = 1; // with their sums, what the registers hold
   struct I { int32x4_t a, b; };
   typedef I Dot4;
   template <int L> struct Lane { int8x16_t x; }; // four bytes of these are meant
