@@ -104,6 +104,8 @@ class GLMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a small positive number, not {self.norm_eps!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")

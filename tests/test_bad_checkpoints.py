@@ -30,6 +30,29 @@ def cut_shard(sets: Path, folder: Path) -> list[object]:
     return ["inspect", model]
 
 
+def damaged_shard(sets: Path, folder: Path) -> list[object]:
+    """Of the right length, with other bytes in the middle of a tensor."""
+    model = copied(sets, "chatglm2-6b", folder)
+    shard = model / "pytorch_model-00001-of-00002.bin"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255
+    shard.write_bytes(data)
+    return ["logits", model, "--tokens", "1,2", "--out", folder / "x.npy"]
+
+
+def pointer_for_shard(sets: Path, folder: Path) -> list[object]:
+    model = copied(sets, "glm-4-9b", folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (model / "model-00002-of-00002.safetensors").write_text(pointer)
+    return ["inspect", model]
+
+
+def missing_rank(sets: Path, folder: Path) -> list[object]:
+    inner = sets / "glm-130b" / "mp2" / "4930"
+    shutil.copy(inner / "mp_rank_00_model_states.pt", folder)
+    return ["inspect", folder]
+
+
 def missing_shard(sets: Path, folder: Path) -> list[object]:
     model = copied(sets, "glm-4-9b", folder)
     (model / "model-00002-of-00002.safetensors").unlink()
@@ -87,6 +110,9 @@ def no_tokenizer(sets: Path, folder: Path) -> list[object]:
 
 @pytest.mark.parametrize(("make", "words"), [
     (cut_shard, ["pytorch_model-00002-of-00002.bin was cut short inside the tensor transformer.", "fetch it again"]),
+    (damaged_shard, ["pytorch_model-00001-of-00002.bin is damaged inside the tensor transformer.", "fetch it again"]),
+    (pointer_for_shard, ["model-00002-of-00002.safetensors is a pointer of Git LFS", "run git lfs pull"]),
+    (missing_rank, ["the shards hold 96 of 192 rows of QKV: files of some ranks are missing"]),
     (missing_shard, ["model-00002-of-00002.safetensors is missing, model.safetensors.index.json names it"]),
     (pickled_code, ["pytorch_model-00002-of-00002.bin holds more than tensors and is refused, nothing of it was run"]),
     (unknown_architecture, ["unknown model_type 'mamba'; known: ", "GLM-130B", "ChatGLM2-6B", "glm4", "qwen2", "GGUF"]),

@@ -169,6 +169,11 @@ def add_tensor(folder: Path, name: str) -> None:
     index.write_text(json.dumps(table))
 
 
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
 SECOND = "pytorch_model-00002-of-00002.bin"
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda m: cut(m / SECOND), rf"{SECOND} was cut short inside the tensor transformer.encoder.layers.2.mlp"),
@@ -183,6 +188,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda m: add_tensor(m, "transformer.encoder.layers.0.post_mlp_layernorm.weight"),
      "no use for: transformer.encoder.layers.0.post_mlp_layernorm.weight"),
     (lambda m: (m / "pytorch_model.bin.index.json").write_text("{}"), "needs a weight_map"),
+    (lambda m: change_config(m, quantization_bit=4), "says quantization_bit 4, but no weight is packed"),
+    (lambda m: change_config(m, hidden_size=None), "lacks 'hidden_size'"),
+    (lambda m: change_config(m, hidden_size="64", kv_channels=None), "has a field of a wrong type"),
+    (lambda m: change_config(m, layernorm_epsilon=-1e-5), "norm_eps must be a small positive number, not -1e-05"),
 ]  # fmt: skip
 
 
@@ -239,6 +248,12 @@ def test_shards_of_ranks(shared_data: Path, tmp_path: Path) -> None:
     (folder / "latest").write_text("4930")
     (folder / "model_args.json").write_text(json.dumps({"num_layers": 9}))
     with pytest.raises(ValueError, match="model_args.json says num_layers 9, the shards hold 3"):
+        open_model(folder)
+    (folder / "model_args.json").write_text(json.dumps({"layernorm_order": "pre"}))
+    with pytest.raises(ValueError, match="layernorm_order pre was never released"):
+        open_model(folder)
+    (folder / "model_args.json").write_text(json.dumps({"special_ids": [1]}))
+    with pytest.raises(ValueError, match="special_ids must be an object"):
         open_model(folder)
 
 

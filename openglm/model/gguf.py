@@ -43,7 +43,7 @@ STOP_TOKENS = {
     "qwen2": ("<|im_end|>", "<|endoftext|>"),
 }
 CONTROL = 3  # token type of specials
-# What changes a model's numbers and none of these has: key -> what it is, and the values that mean that it is not there.
+# What would change a model's numbers and none of these has: key -> what it is, and the values that mean: not there.
 TRAITS: dict[str, tuple[Any, ...]] = {
     "expert_count": ("a mixture of experts is", 0),
     "attention.sliding_window": ("a sliding attention window is", 0),

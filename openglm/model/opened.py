@@ -220,6 +220,8 @@ def _open_released(path: Path, head: dict[str, Any]) -> OpenedModel:
     if bits not in (0, 4, 8):
         raise ValueError(f"{path / CONFIG}: quantization_bit {bits} is not supported: 4 or 8")
     packed = any(name.endswith("weight_scale") for name in files.names())
+    if bits and not packed:
+        raise ValueError(f"{path / CONFIG} says quantization_bit {bits}, but no weight is packed: set it to 0")
     if packed and not bits:
         raise ValueError(f"{path} holds packed weights but {CONFIG} has no quantization_bit: fetch it again")
     if "quantization_config" in head:
@@ -302,7 +304,8 @@ def _same_rows(a: TensorInfo, b: TensorInfo, n_rows: int | None) -> bool:
 def _rows(info: TensorInfo, first: int, count: int) -> Tensor:
     """Some rows of a matrix in float32; the others are not read."""
     row_bytes = info.n_bytes // info.shape[0] if info.strides is None else info.strides[0] * info.dtype.itemsize
-    return replace(info, offset=info.offset + first * row_bytes, shape=(count, *info.shape[1:])).read().float()
+    offset, shape = info.offset + first * row_bytes, (count, *info.shape[1:])
+    return replace(info, offset=offset, shape=shape, check=None).read().float()
 
 
 # -------------------------------------------------------------------- what travels
@@ -315,6 +318,7 @@ def _released_meta(path: Path, head: Mapping[str, Any], family: str, config: GLM
     stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (int(stops),)
     special: dict[str, int] = {}
     if family == "chatglm-6b":
+        head = {name: value for name, value in head.items() if value is not None}
         sop = head.get("bos_token_id", 150004 if head.get("vocab_size") == 150528 else 130004)
         # The order of the released vocabulary: [MASK] [gMASK] [sMASK] unused <sop> <eop>.
         special = {
@@ -340,6 +344,8 @@ def _sat_special_ids(args: Mapping[str, Any], family: str, config: GLMConfig) ->
     """From model_args.json, else those of the released vocabularies, told by the number of rows."""
     canonical = {"sop": "<sop>", "eop": "<eop>", "eos": "</s>" if family == "glm-130b" else "<|endoftext|>",
                  "MASK": "[MASK]", "gMASK": "[gMASK]", "sMASK": "[sMASK]", "ENC": "[CLS]"}  # fmt: skip
+    if not isinstance(args.get("special_ids", {}), dict):
+        raise ValueError('special_ids must be an object such as {"sop": 150004}: correct it or leave it out')
     if "special_ids" in args:
         return {canonical.get(name, name): int(i) for name, i in args["special_ids"].items() if name != "pad"}
     if family == "glm-130b" and config.vocab_size == 150528:

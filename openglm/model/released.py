@@ -43,6 +43,7 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
     """
     kind = c.get("model_type")
     c = {**_HF_DEFAULTS.get(str(kind), {}), **c}
+    c = {name: value for name, value in c.items() if value is not None or name == "sliding_window"}
     shape = _checked(shape, folder)
     try:
         if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
@@ -57,6 +58,8 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
             return "hf-llama", _hf_llama(c, kind, names)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]!r}: fetch it again") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} has a field of a wrong type ({error}): fetch it again") from None
     raise ValueError(f"{folder / 'config.json'} has the unknown model_type {kind!r}; known: {KNOWN}")
 
 
@@ -73,6 +76,8 @@ def _checked(shape: Shape, folder: Path) -> Shape:
 def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
     n_layers, heads, dim = c["num_layers"], c["num_attention_heads"], c["hidden_size"]
     rows = shape("transformer.word_embeddings.weight")[0]
+    if not c.get("position_encoding_2d", True):
+        raise ValueError("config.json: position_encoding_2d false was never released and is not supported")
     return GLMConfig(
         vocab_size=rows, dim=dim, n_layers=n_layers, n_heads=heads, n_kv_heads=heads, head_dim=dim // heads,
         ffn_dim=c.get("inner_hidden_size") or shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0],
@@ -80,8 +85,7 @@ def _chatglm_6b(c: Mapping[str, Any], shape: Shape) -> GLMConfig:
         residual="normed",
         # The released code builds its blocks with the default depth of 28, whatever num_layers says.
         residual_alpha=(2 * 28) ** 0.5, mlp="gelu", linear_bias=True,
-        # With one position a token, over the whole head, it counts as GLM-130B does.
-        rope=RopeConfig(axes=2 if c.get("position_encoding_2d", True) else 1, freq_dtype="float16"), mask="prefix",
+        rope=RopeConfig(axes=2, freq_dtype="float16"), mask="prefix",
         # The first release knows its ids by heart; its configs name none of a mask.
         sop_position="index" if rows >= 150000 and "gmask_token_id" not in c else "mask", tie_embeddings=True,
     )  # fmt: skip
@@ -235,6 +239,12 @@ def sat_config(args: Mapping[str, Any], names: frozenset[str], shape: Shape) -> 
     else:
         raise ValueError(f"the shards hold neither GLM-130B nor the original GLM; known: {KNOWN}")
     vocab, dim = shape(embed)
+    for field, only in (("layernorm_order", "post"), ("relative_encoding", False)):
+        if args.get(field, only) != only:
+            raise ValueError(f"model_args.json: {field} {args[field]} was never released and is not supported")
+    qkv_rows = shape("transformer.layers.0.attention.query_key_value.weight")[0]
+    if qkv_rows != 3 * dim:
+        raise ValueError(f"the shards hold {qkv_rows} of {3 * dim} rows of QKV: files of some ranks are missing")
     n_layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("transformer.layers."))
     up = shape("transformer.layers.0.mlp.dense_h_to_4h.bias")[0]
     found: dict[str, Any] = {"vocab_size": vocab, "hidden_size": dim, "num_layers": n_layers}

@@ -17,8 +17,10 @@ import pickle
 import pickletools
 import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -32,6 +34,7 @@ __all__ = [
     "read_thudm_quant",
 ]  # fmt: skip
 
+LFS = b"version https://git-lfs"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -58,13 +61,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in one file: n_bytes from `offset` on, or, with strides (in elements), in a longer span."""
+    """Where a tensor lies in one file: n_bytes from `offset` on, or, with strides (in elements), in a longer span.
+
+    check: its name and the CRC-32 of its bytes, where the file has one.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+    check: tuple[str, int] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -93,6 +100,8 @@ class TensorInfo:
             # The pages stay the kernel's to drop: a large checkpoint must not push everything else out of memory.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), self.offset, len(data), os.POSIX_FADV_DONTNEED)
+        if self.check is not None and zlib.crc32(data) != self.check[1]:
+            raise ValueError(f"{self.file} is damaged inside the tensor {self.check[0]}: fetch it again")
         flat = torch.frombuffer(data, dtype=self.dtype)
         return flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides).contiguous()
 
@@ -168,6 +177,9 @@ def open_file(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file, from its header."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: fetch it")
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
     return _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
 
 
@@ -225,8 +237,6 @@ def _safetensors(path: Path) -> dict[str, TensorInfo]:
 
 def _torch_file(path: Path) -> dict[str, TensorInfo]:
     """Names, shapes and offsets of a file that torch.save wrote; the tensors' bytes are not read, no code is run."""
-    import zipfile
-
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if not zipfile.is_zipfile(path):
@@ -247,7 +257,7 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not named tensors")
-    size, tensors = path.stat().st_size, {}
+    size, sums, tensors = path.stat().st_size, _sums(path), {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
@@ -256,10 +266,24 @@ def _torch_file(path: Path) -> dict[str, TensorInfo]:
         strides = None if tensor.is_contiguous() else tuple(tensor.stride())  # a part of a larger matrix, or turned
         start = offset + tensor.storage_offset() * tensor.element_size()
         info = TensorInfo(path, start, tensor.dtype, tuple(tensor.shape), strides)
+        if (start, info.span_bytes) in sums:
+            info = replace(info, check=(name, sums[start, info.span_bytes]))
         if info.offset + info.span_bytes > size:
             raise ValueError(f"{path} was cut short inside the tensor {name}: fetch it again")
         tensors[name] = info
     return tensors
+
+
+def _sums(path: Path) -> dict[tuple[int, int], int]:
+    """(offset, bytes) -> CRC-32 of the records of a zip; 0 in it says that none was computed."""
+    found = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for record in archive.infolist():
+            file.seek(record.header_offset + 26)
+            name_size, extra_size = struct.unpack("<HH", file.read(4))
+            if record.CRC and not record.compress_type:
+                found[record.header_offset + 30 + name_size + extra_size, record.file_size] = record.CRC
+    return found
 
 
 def _cut_tensor(path: Path) -> str | None:

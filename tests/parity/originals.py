@@ -65,19 +65,15 @@ def hidden_from(n: int, n_context: int) -> Tensor:
 
 def chatglm_6b(state: State, c: Mapping[str, Any], ids: list[int], before: KeysValues | None = None) -> Tensor:
     n, eps, heads = len(ids), c.get("layernorm_epsilon", 1e-5), c["num_attention_heads"]
-    two, first_release = c.get("position_encoding_2d", True), "gmask_token_id" not in c
+    first_release = "gmask_token_id" not in c
     sop = c["bos_token_id"]
     mask, gmask = c.get("mask_token_id", 150000), c.get("gmask_token_id", 150001)
     kind = (mask if mask in ids else gmask) if first_release else (gmask if gmask in ids else mask)
     start, place = ids.index(sop), ids.index(kind)
     position, block = torch.arange(n), (torch.arange(n) - start + 1).clamp(min=0)
-    if two or kind == mask:
-        own = start + 1 if first_release and kind == gmask else start
-        position[own:] = place
+    position[start + 1 if first_release and kind == gmask else start :] = place
 
     def rotate(x: Tensor) -> Tensor:
-        if not two:
-            return turned(x, position)
         a, b = x.chunk(2, -1)
         return torch.cat([turned(a, position), turned(b, block)], -1)
 

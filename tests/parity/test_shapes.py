@@ -131,7 +131,6 @@ GMASK, MASK = [7, 9, 11, 3, 65, 68], [7, 64, 9, 11, 3, 68, 5, 6]
 
 @pytest.mark.parametrize(("change", "ffn", "bits", "ids"), [
     ({}, 240, 0, GMASK), ({"layernorm_epsilon": 1e-3}, 50, 4, MASK), ({"num_layers": 1}, 26, 8, GMASK),
-    ({"position_encoding_2d": False}, 64, 0, GMASK), ({"position_encoding_2d": False}, 64, 0, MASK),
     ({}, 64, 0, [7, 65, 9, 64, 3, 68, 5]),
 ])  # fmt: skip
 def test_chatglm_6b(tmp_path: Path, change: dict[str, Any], ffn: int, bits: int, ids: list[int]) -> None:
