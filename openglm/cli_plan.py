@@ -193,10 +193,11 @@ def plan_print(value: dict[str, Any]) -> None:
         group = "whole rows" if value["group"] == "row" else f"groups of {value['group']}"
         form = f"{value['quantize']} in {group}, the rest {form}"
     if value["stored_types"]:
-        form = f"as stored ({', '.join(value['stored_types'])})"
+        form = f"stored as {', '.join(value['stored_types'])}"
     groups = f", {value['replicas']} replicas" if value["replicas"] > 1 else ""
-    print(f"{value['model']}: {value['parameters']:,} parameters, {form}: {_size(value['weight_bytes'])} of weights, "
-          f"{value['kv_bytes_per_token']:,} bytes of cache a token")  # fmt: skip
+    loaded = " once loaded" if value["stored_types"] else ""
+    print(f"{value['model']}: {value['parameters']:,} parameters, {form}: {_size(value['weight_bytes'])} of weights"
+          f"{loaded}, {value['kv_bytes_per_token']:,} bytes of cache a token")  # fmt: skip
     print(f"context {value['context']:,}, batch {value['batch']}, tensor-parallel over {value['tp']}{groups}")
     print()
     shown: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openglm.cli import main
 from openglm.config import GLMConfig
+from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
 from openglm.model.cost import (
     WeightForm,
     kv_bytes_per_token,
@@ -24,7 +25,9 @@ from openglm.model.cost import (
     weight_bytes_by_part,
 )
 from openglm.model.devices import parse_devices
+from openglm.model.init import init_weights
 from openglm.model.plan import Plan, Workload, kv_bytes, plan
+from openglm.model.transformer import Transformer
 from openglm.presets import PRESETS, preset
 
 GB = 10**9
@@ -168,6 +171,36 @@ def test_weight_bytes_of_the_bundled_model(capsys: pytest.CaptureFixture[str]) -
     assert json_of(capsys, "--devices", "1GB")["weight_bytes"] == file_bytes(folder, without=())
 
 
+@pytest.mark.parametrize("options", [
+    ["--format", "openglm", "--quantize", "int4", "--group", "4"], ["--format", "openglm", "--quantize", "int8",
+     "--group", "row", "--quantize-embeddings"], ["--format", "hf"], ["--format", "openglm", "--dtype", "float32"],
+], ids=" ".join)  # fmt: skip
+def test_weight_bytes_of_what_we_write(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["convert", str(shared_data / "golden" / "glm-4-9b"), str(tmp_path / "out"), *options]) == 0
+    assert json_of(capsys, str(tmp_path / "out"), "--devices", "1GB")["weight_bytes"] == file_bytes(
+        tmp_path / "out", without=()
+    )
+
+
+@pytest.mark.parametrize("options", [["--dtype", "float16"], ["--quantize", "int8"], ["--quantize", "int4"]])
+def test_weight_bytes_of_a_gguf_that_we_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """By the `gguf` library's count of them, but for norms and biases, which are in F32 there and in half here."""
+    gguf = pytest.importorskip("gguf")
+    config = GLMConfig(vocab_size=64, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
+                       max_seq_len=64)  # fmt: skip
+    model = init_weights(Transformer(config), seed=1)
+    save_checkpoint(tmp_path / "model", model, config, CheckpointMeta(), dtype=torch.float16)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--format", "gguf", *options]) == 0
+    stored = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    vectors = sum(n for name, n in stored.items() if "norm" in name or name.endswith("bias"))
+    wanted = sum(stored.values()) - vectors // 2
+    assert json_of(capsys, str(tmp_path / "m.gguf"), "--devices", "1GB")["weight_bytes"] == wanted
+
+
 # -------------------------------------------------------------------- rules
 
 
@@ -254,7 +287,8 @@ def test_cache_precision() -> None:
     ("text", "memory", "bandwidth"),
     [("4x24GB", [24 * GB] * 4, None), ("24GB,24GB", [24 * GB] * 2, None), ("80GiB", [80 * 2**30], None),
      ("2x1.5TB@0.5TB/s", [1500 * GB] * 2, 5e11), ("rtx-3090", [24 * GB], 936e9), ("2 x NVIDIA A100 80GB",
-     [80 * GB] * 2, 2039e9), ("H100@3TB/s", [80 * GB], 3e12), ("512MiB", [2**29], None)],
+     [80 * GB] * 2, 2039e9), ("H100@3TB/s", [80 * GB], 3e12), ("512MiB", [2**29], None),
+     ("2X24gb @ 1tb/S", [24 * GB] * 2, 1e12), ("2×24GB", [24 * GB] * 2, None)],
 )  # fmt: skip
 def test_device_lists(text: str, memory: list[int], bandwidth: float | None) -> None:
     devices = parse_devices(text)
@@ -306,6 +340,8 @@ def test_print_shows_alike_devices_once(capsys: pytest.CaptureFixture[str]) -> N
         (["glm-130b", "--devices", "4x0GB"], "no memory"),
         (["glm-130b", "--devices", "0x24GB"], "between 1 and"),
         (["glm-130b", "--devices", "24GB,"], "is no device"),
+        (["glm-130b", "--devices", "4x24"], "'24' lacks its unit"),
+        (["glm-130b", "--devices", "8x80G"], "'80G' lacks its unit"),
         (["glm-130b", "--devices", "24GB@fast"], "a bandwidth looks like"),
         (["glm-130b", "--devices", "24GB", "--context", "2049"], "over the model's 2048"),
         (["glm-130b", "--devices", "24GB", "--context", "0"], "context must be at least 1"),
@@ -322,6 +358,7 @@ def test_print_shows_alike_devices_once(capsys: pytest.CaptureFixture[str]) -> N
         (["glm-4-9b", "--devices", "24GB", "--quantize-embeddings"], "--quantize-embeddings goes with --quantize"),
         (["glm-4-9b", "--devices", "24GB", "--quantize", "int4", "--group", "rows"], "a number of columns or row"),
         (["glm-4-9b", "--devices", "24GB", "--quantize", "int4", "--group", "0"], "at least 1 column"),
+        (["glm-4-9b", "--devices", "24GB", "--quantize", "int4", "--group", "7"], "groups of 7 do not divide the 4096"),
         (["glm-4-9b", "--devices", "24GB", "--quantize", "int3"], "one of int8, int4"),
         (["glm-4-9b", "--devices", "24GB", "--precision", "fp8"], "one of fp32, fp16, bf16"),
         (["glm-4-9b", "--devices", "24GB", "--kv", "int2"], "kv must be one of"),

@@ -44,7 +44,7 @@ def parse_devices(text: str) -> list[Device]:
     """
     devices: list[Device] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*[x*]\s*)?([^@]+?)\s*(?:@\s*([^@]+?))?\s*", item)
+        match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*×]\s*)?([^@]+?)\s*(?:@\s*([^@]+?))?\s*", item)
         if match is None:
             raise ValueError(f"{item!r} in the devices {text!r} is no device: {FORMS}")
         count = 1 if match[1] is None else int(match[1])
@@ -62,6 +62,8 @@ def _device(name: str, bandwidth: str | None) -> Device:
         return Device(known, memory * UNITS["GB"], listed * 1e9 if speed is None else speed)
     size = _amount(name)
     if size is None:
+        if re.fullmatch(r"\d+(\.\d+)?\s*([kKmMgGtT]i?)?", name):
+            raise ValueError(f"a memory of {name!r} lacks its unit: {FORMS}")
         raise ValueError(f"unknown device {name!r}{nearest(name, list(KNOWN_DEVICES))}: {FORMS}")
     if size < 1:
         raise ValueError(f"a device of {name} has no memory: {FORMS}")
@@ -73,7 +75,7 @@ def _key(name: str) -> str:
 
 
 def _speed(text: str) -> float:
-    speed = _amount(text.removesuffix("/s")) if text.endswith("/s") else None
+    speed = _amount(text[:-2]) if text.lower().endswith("/s") else None
     if not speed:
         raise ValueError(f"a bandwidth looks like 936GB/s, not {text!r}")
     return speed

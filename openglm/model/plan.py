@@ -168,7 +168,7 @@ def plan(
     stored: bytes by part of a checkpoint whose tensors differ in type, in place of what `form` gives; a rank's share
     of each part is as in `form`.
     Raises ValueError in one line for a context longer than the model's and for ranks that do not divide the devices,
-    the heads, the MLP or the vocabulary.
+    the heads, the MLP or the vocabulary, and for groups that do not divide the columns of a matrix.
     """
     tp = len(devices) if tp is None else tp
     if work.context > config.max_seq_len:
@@ -180,6 +180,10 @@ def plan(
     except ValueError as error:
         sizes = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and _divides(config, n)]
         raise ValueError(f"{error}; --tp may be {', '.join(map(str, sizes))}") from None
+
+    for tensor in rank_tensors(config):
+        if form.group is not None and form.quantises(tensor) and tensor.columns % form.group:
+            raise ValueError(f"groups of {form.group} do not divide the {tensor.columns} columns of a matrix")
 
     def fits(context: int, batch: int) -> bool:
         there = Workload(context=context, batch=batch, kv=work.kv, chunk=work.chunk)
