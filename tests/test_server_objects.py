@@ -102,6 +102,42 @@ def test_errors_are_openais(status: int, path: str, key: str, code: str | None) 
     assert error["type"] == "invalid_request_error" and error["code"] == code
 
 
+def test_options_of_a_stream_need_one(glm: Server) -> None:
+    for path, body in (("chat/completions", {"messages": HI}), ("completions", {"prompt": "Hi"})):
+        asked = {**body, "stream_options": {"include_usage": True}}
+        answer = httpx.post(f"{glm.client.base_url}{path}", json=asked)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "stream_options"
+
+
+def test_what_was_answered_may_be_sent_back_as_the_clients_dump_it(glm: Server) -> None:
+    client, tool = glm.client, TOOLS[1]
+    glm.says("get_time\n{}", "<|observation|>")
+    message = client.chat.completions.create(model="tiny", messages=HI, tools=[tool]).choices[0].message
+    items = client.responses.create(model="tiny", input=HI, tools=[{"type": "function", **tool["function"]}]).output
+    glm.says("\nHello 北京!")
+    said: Any = message.model_dump()
+    result: Any = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "noon"}
+    whole = client.chat.completions.create(model="tiny", messages=[*HI, said, result])
+    assert whole.choices[0].message.content == "Hello 北京!"
+    again: Any = [item.model_dump() for item in items]
+    answer: Any = {"type": "function_call_output", "call_id": again[0]["call_id"], "output": "noon"}
+    text = client.responses.create(model="tiny", input=[*HI, *again, answer])
+    assert glm.script.seen[-1] == glm.script.seen[-2] and text.output_text == "Hello 北京!"
+    client.responses.create(model="tiny", input=[*HI, *[i.model_dump() for i in text.output], *HI])
+    for wrong, param in (
+        ({"type": "item_reference", "id": "x"}, "input[0].type"), ({"type": "function_call", "name": "x"}, "call_id"),
+        ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "input[0].content[0].type"),
+    ):  # fmt: skip
+        refused = httpx.post(f"{client.base_url}responses", json={"input": [wrong]})
+        assert refused.status_code == 400 and refused.json()["error"]["param"].endswith(param), refused.text
+
+
+def test_files_are_listed(glm: Server) -> None:
+    assert glm.client.files.list().data == []
+    first, second = (glm.client.files.create(file=(f"{i}.txt", b"x"), purpose="user_data") for i in range(2))
+    assert [file.id for file in glm.client.files.list()] == [second.id, first.id]
+
+
 def test_messages_have_anthropics_ids_and_headers(glm: Server) -> None:
     url = str(glm.client.base_url).removesuffix("/v1/")
     glm.says('get_weather\n{"city": "Paris"}', "<|observation|>")

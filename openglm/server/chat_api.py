@@ -69,6 +69,8 @@ def stream_error(error: ApiError) -> bytes:
 
 def sampling_of(asked: Sampling) -> dict[str, Any]:
     """Fields of SamplingParams that the common fields of a request set."""
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError("stream_options needs stream: true", "stream_options")
     bias = asked.logit_bias or {}
     for token in bias:
         if not token.isascii() or not token.isdigit() or len(token) > 9:

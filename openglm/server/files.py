@@ -85,6 +85,10 @@ class FileStore:
             raise ApiError(f"{where}there is no file {id[:80]!r}", param, 404, "file_not_found")
         return file
 
+    def of(self, client: str) -> list[StoredFile]:
+        """A caller's, the newest first."""
+        return [file for file in reversed(self._files.values()) if file.client == client]
+
     def drop(self, client: str, id: str) -> None:
         del self._files[self.get(client, id).id]
 
@@ -115,6 +119,12 @@ def add_files(app: FastAPI, store: FileStore, identify: Callable[[Request], str]
         client = identify(request)
         name, mime, content, purpose = await _upload(request)
         return JSONResponse(store.add(client, name, mime, content, purpose).as_object())
+
+    @app.get("/v1/files", summary="The files of the caller", responses=errors)
+    async def listed(request: Request) -> Response:
+        files = [file.as_object() for file in store.of(identify(request))]
+        ends = {"first_id": files[0]["id"], "last_id": files[-1]["id"]} if files else {}
+        return JSONResponse({"object": "list", "data": files, "has_more": False, **ends})
 
     @app.get("/v1/files/{id}", summary="What a file is", responses=errors)
     async def retrieve(request: Request, id: str) -> Response:

@@ -249,7 +249,10 @@ def _api_error(kind: type[BaseModel], value: Any, error: ValidationError) -> Api
     path, worst = max((f for f in found if f[0][:1] == first), key=lambda f: len(f[0]))
     param = param_of(path)
     if worst["type"] == "union_tag_invalid":  # of a field that says which model it is: that field is wrong
-        param += "." + worst["ctx"]["discriminator"].strip("'")
+        name = worst["ctx"]["discriminator"]
+        if name.endswith("()"):  # a function of ours reads it
+            worst["msg"], name = worst["msg"].replace(name, "'type'"), "'type'"
+        param += "." + name.strip("'")
     others = {e["msg"] for p, e in found if p == path}
     message = " or: ".join(sorted(others)) if len(others) < 4 else worst["msg"]
     if worst["type"] == "extra_forbidden":

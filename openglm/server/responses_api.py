@@ -21,7 +21,7 @@ from openglm.server.errors import ApiError
 from openglm.server.events import AnswerEvent, CallArguments, CallOpened, Finish, Observation, Reasoning, Text
 from openglm.server.limits import Lease
 from openglm.server.protocol import load_json, parse
-from openglm.server.responses_input import ResponsesRequest, renamed, responses_task
+from openglm.server.responses_input import ResponsesRequest, renamed, responses_task, without_nulls
 from openglm.server.service import Service
 from openglm.server.sse import EventStream, sse, while_connected
 from openglm.server.worker import Job, Outlet
@@ -30,7 +30,7 @@ __all__ = ["responses"]
 
 
 async def responses(service: Service, request: Request, body: bytes, lease: Lease) -> Response:
-    asked = parse(ResponsesRequest, load_json(body))
+    asked = parse(ResponsesRequest, without_nulls(load_json(body)))
     service.check_name(asked.model)
     try:
         prompt = await asyncio.to_thread(service.chat_prompt, responses_task(asked))

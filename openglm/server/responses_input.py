@@ -9,14 +9,14 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from openglm.server.errors import ApiError
 from openglm.server.protocol import Count, Model, Name
 from openglm.server.service import ChatTask
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
-__all__ = ["ResponsesRequest", "renamed", "responses_task"]
+__all__ = ["ResponsesRequest", "renamed", "responses_task", "without_nulls"]
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -76,7 +76,16 @@ class ReasoningItem(Model):
     encrypted_content: None = None
 
 
-Item = InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem
+def _kind(item: Any) -> str:
+    """A message need not say that it is one."""
+    return str(item.get("type") or "message") if isinstance(item, dict) else "message"
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")] | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")] | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]  # fmt: skip
 
 
 class FunctionTool(Model):
@@ -146,6 +155,14 @@ class ResponsesRequest(Model):
     def tool_choice_dump(self) -> Any:
         choice = self.tool_choice
         return choice.model_dump() if isinstance(choice, NamedChoice) else choice or "auto"
+
+
+def without_nulls(value: Any) -> Any:
+    """A request whose items hold no nulls: clients that send an answer back put one in every field it might have had."""
+    if not isinstance(value, dict) or not isinstance(value.get("input"), list):
+        return value
+    items = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in value["input"]]
+    return {**value, "input": items}
 
 
 def responses_task(asked: ResponsesRequest) -> ChatTask:
