@@ -113,7 +113,8 @@ def test_what_was_answered_may_be_sent_back_as_the_clients_dump_it(glm: Server) 
     client, tool = glm.client, TOOLS[1]
     glm.says("get_time\n{}", "<|observation|>")
     message = client.chat.completions.create(model="tiny", messages=HI, tools=[tool]).choices[0].message
-    items = client.responses.create(model="tiny", input=HI, tools=[{"type": "function", **tool["function"]}]).output
+    flat: Any = {"type": "function", **tool["function"]}
+    items = client.responses.create(model="tiny", input=HI, tools=[flat]).output
     glm.says("\nHello 北京!")
     said: Any = message.model_dump()
     result: Any = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "noon"}
@@ -123,7 +124,8 @@ def test_what_was_answered_may_be_sent_back_as_the_clients_dump_it(glm: Server) 
     answer: Any = {"type": "function_call_output", "call_id": again[0]["call_id"], "output": "noon"}
     text = client.responses.create(model="tiny", input=[*HI, *again, answer])
     assert glm.script.seen[-1] == glm.script.seen[-2] and text.output_text == "Hello 北京!"
-    client.responses.create(model="tiny", input=[*HI, *[i.model_dump() for i in text.output], *HI])
+    dumped: Any = [item.model_dump() for item in text.output]
+    client.responses.create(model="tiny", input=[*HI, *dumped, *HI])
     for wrong, param in (
         ({"type": "item_reference", "id": "x"}, "input[0].type"), ({"type": "function_call", "name": "x"}, "call_id"),
         ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "input[0].content[0].type"),

@@ -158,7 +158,7 @@ class ResponsesRequest(Model):
 
 
 def without_nulls(value: Any) -> Any:
-    """A request whose items hold no nulls: clients that send an answer back put one in every field it might have had."""
+    """A request whose items hold no nulls: clients that send an answer back put them where it had nothing."""
     if not isinstance(value, dict) or not isinstance(value.get("input"), list):
         return value
     items = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in value["input"]]
