@@ -274,8 +274,9 @@ def test_a_nan_stays_with_its_sequence(isa: str) -> None:
     good = chunk([1, 2, 3], 0, 1, [0], 1)
     alone = NativeRunner(ours, 4).run([good])
     runner = NativeRunner(ours, 4)
-    both = runner.run([chunk([5, 2, 3], 0, 1, [1], 1), good])
+    both = runner.run([chunk([5, 2, 3, 4], 0, 1, [1], 1), good])
     assert both[0].isnan().all() and torch.equal(both[1], alone[0])
+    assert torch.equal(runner.run([chunk([1, 2, 3], 0, 1, [1], 1)]), alone)  # over what it left in its page
 
 
 def test_a_library_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -22,8 +22,8 @@ struct NeonFloats {
   static F mul(F x, F y) { return {vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
   static F div(F x, F y) { return {vdivq_f32(x.a, y.a), vdivq_f32(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
-  static F max(F x, F y) { return {vmaxq_f32(x.a, y.a), vmaxq_f32(x.b, y.b)}; }
-  static F min(F x, F y) { return {vminq_f32(x.a, y.a), vminq_f32(x.b, y.b)}; }
+  static F max(F x, F y) { return {vmaxnmq_f32(x.a, y.a), vmaxnmq_f32(x.b, y.b)}; } // a number goes before NaN
+  static F min(F x, F y) { return {vminnmq_f32(x.a, y.a), vminnmq_f32(x.b, y.b)}; }
   static F abs(F x) { return {vabsq_f32(x.a), vabsq_f32(x.b)}; }
   static F round(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
   static float32x4_t power(float32x4_t x) {
@@ -34,7 +34,7 @@ struct NeonFloats {
     float32x4_t four = vaddq_f32(x.a, x.b);
     return vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
   }
-  static float top(F x) { return vmaxvq_f32(vmaxq_f32(x.a, x.b)); }
+  static float top(F x) { return vmaxnmvq_f32(vmaxnmq_f32(x.a, x.b)); }
   static float32x4_t wide(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
   static F f16(const uint16_t *p) { return {wide(vld1_u16(p)), wide(vld1_u16(p + 4))}; }
   static F bf16(const uint16_t *p) {
