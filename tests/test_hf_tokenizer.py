@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from openglm.model.gguf_tokenizer import NORMAL, gguf_tokenizer_fields
 from openglm.model.hf_tokenizer import hf_tokenizer_files
 from openglm.tokenizer import Tokenizer
 
@@ -58,4 +59,16 @@ def test_a_tiktoken_vocabulary(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Non
 def test_chatglm3s_sentencepiece_vocabulary(shared_data: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(shared_data / "tokenizers" / "chatglm3", roles=True)
     assert tokenizer.kind == "sentencepiece"
+    check(read_back(tmp_path, tokenizer), tokenizer, tmp_path)
+
+
+def test_a_gguf_vocabulary_whose_specials_come_first(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As SmolLM2's: the `tokenizers` library numbers added tokens behind the vocabulary unless they are in it."""
+    fields = gguf_tokenizer_fields(tiny_tokenizer)
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    order = sorted(range(len(tokens)), key=lambda i: (kinds[i] == NORMAL, i))
+    fields["tokenizer.ggml.tokens"] = [tokens[i] for i in order]
+    fields["tokenizer.ggml.token_type"] = [kinds[i] for i in order]
+    tokenizer = Tokenizer.from_gguf({**fields, "tokenizer.ggml.pre": "smollm"})
+    assert tokenizer.kind == "json" and max(tokenizer.special_ids.values()) == len(tokenizer.special_ids) - 1
     check(read_back(tmp_path, tokenizer), tokenizer, tmp_path)

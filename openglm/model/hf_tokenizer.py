@@ -31,7 +31,7 @@ def hf_tokenizer_files(tokenizer: Tokenizer, template: str | None, stop_ids: Seq
     """
     files = tokenizer.files
     if tokenizer.kind == "json":
-        content = files["tokenizer.json"]
+        content = _with_added_ids(files["tokenizer.json"])
     else:
         content = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False).encode()
     config = {k: v for k, v in json.loads(files["tokenizer_config.json"]).items() if k not in DROPPED}
@@ -46,6 +46,22 @@ def hf_tokenizer_files(tokenizer: Tokenizer, template: str | None, stop_ids: Seq
     config["clean_up_tokenization_spaces"] = False
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     return {"tokenizer.json": content, "tokenizer_config.json": text.encode()}
+
+
+def _with_added_ids(content: bytes) -> bytes:
+    """The file, with added tokens in the vocabulary too where the library would give them other ids.
+
+    It does not heed their "id": one that is not in the vocabulary goes behind all others.
+    """
+    value = json.loads(content)
+    vocab, added = value["model"].get("vocab"), value.get("added_tokens") or []
+    if not isinstance(vocab, dict):
+        return content
+    missing = {token["content"]: int(token["id"]) for token in added if token["content"] not in vocab}
+    if list(missing.values()) == list(range(len(vocab), len(vocab) + len(missing))):
+        return content
+    vocab |= missing
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def cuts_like_qwen2(tokenizer_json: bytes) -> bool:
