@@ -47,7 +47,7 @@ from openglm.server.app import POSTS, create_app
 from openglm.server.config import ServeConfig
 from openglm.server.errors import OUR_FAULT, ApiError, error_response
 from openglm.server.files import MAX_FILE_BYTES
-from openglm.server.limits import Gate, Lease, read_bytes
+from openglm.server.limits import Gate, HostCheck, Lease, read_bytes
 from openglm.server.metrics import CONTENT_TYPE
 from openglm.server.service import Service, load_engine
 from openglm.server.sse import DONE, sse
@@ -140,10 +140,10 @@ class Front:
         path, lease = request.url.path, Lease("", lambda: None)
         try:
             if request.method == "GET" and path == "/health":
-                return await self._health()
+                return Checked(await self._health(), self._config)
             if request.method == "GET" and path == "/metrics":
                 self._gate.identify(request)
-                return await self._metrics()
+                return Checked(await self._metrics(), self._config)
             caller = ""
             if request.method == "POST" and path in self._limits:
                 lease = self._gate.enter(request)
@@ -178,6 +178,17 @@ class Front:
             return await answers.results_async(timeout_s=10, return_exceptions=True)
         except (RayError, RayServeException, TimeoutError):
             return []  # there is no replica
+
+
+class Checked(Response):
+    """An answer of the front's own, which like the replicas' is given under names of this server alone."""
+
+    def __init__(self, answer: Response, config: ServeConfig) -> None:
+        super().__init__()
+        self._answer = HostCheck(answer, config)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 class Relay(Response):
