@@ -15,6 +15,7 @@ from openglm.model.checkpoint import CheckpointMeta
 from openglm.model.gguf import open_gguf
 from openglm.model.gguf_tokenizer import gguf_tokenizer_fields
 from openglm.model.gguf_write import architecture_of, write_gguf
+from openglm.model.opened import open_model
 from openglm.model.transformer import Transformer
 from openglm.model.weights import import_weights
 from openglm.ops.quant import QuantTensor, Weight
@@ -105,6 +106,23 @@ def test_quantised_weights_stay_as_they_are(type: str, tmp_path: Path) -> None:
     assert isinstance(weights["layers.0.mlp.up.weight"], QuantTensor)
     write_gguf(second, config, META, weights.items(), TOKENS, type)
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(("source", "type"), [("int8", "Q8_0"), ("int4", "Q4_0"), ("int4", "Q8_0")])
+def test_whole_rows_of_the_releases_keep_their_numbers(
+    shared_data: Path, source: str, type: str, tmp_path: Path
+) -> None:
+    """ChatGLM2's INT8 and INT4 have a scale a row; 32 columns at a time it is GGUF's form."""
+    opened = open_model(shared_data / "golden" / "chatglm2-6b" / source)
+    write_gguf(tmp_path / "m.gguf", opened.config, META, opened.weights(), TOKENS, type)
+    found, kept = back(tmp_path / "m.gguf"), 0
+    for name, weight in opened.weights():
+        if isinstance(weight, QuantTensor) and weight.columns % 32 == 0:
+            there = found[name]
+            assert isinstance(there, QuantTensor) and there.bits == weight.bits and there.group_size == 32
+            assert torch.equal(there.dequantise(), weight.dequantise()), name
+            kept += 1
+    assert kept == 3 * opened.config.n_layers  # the down projection has 172 columns
 
 
 def test_rows_that_do_not_split_into_blocks_become_half(tmp_path: Path) -> None:

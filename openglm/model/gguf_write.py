@@ -33,6 +33,7 @@ from openglm.tokenizer.tokenizer import write_file
 __all__ = ["FILE_TYPES", "GgufOutput", "architecture_of", "write_gguf"]
 
 ALIGNMENT = 32
+BLOCK = 32  # columns that share a scale
 VERSION = 3
 QUANTISATION_VERSION = 2
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers for a whole file
@@ -103,9 +104,9 @@ class GgufOutput:
         vectors: str | None = None,
     ) -> None:
         """type: of the matrices: F32, F16, BF16, Q8_0 or Q4_0 (then the output matrix is Q8_0). With Q8_0 and Q4_0 a
-        weight that is quantised in a form GGUF has (groups of 32) is kept bit for bit, and rows that do not split into
-        groups of 32 become F16. Norms and biases are F32; vectors: float16 or bfloat16, which they were and are read
-        as again.
+        weight that is quantised in a form GGUF has is kept bit for bit (groups of 32; larger ones and whole rows in no
+        more bits than asked for), and rows that do not split into groups of 32 become F16. Norms and biases are F32;
+        vectors: float16 or bfloat16, which they were and are read as again.
         Raises ValueError for a config that GGUF cannot express. An existing file is replaced by `commit`.
         """
         if type not in FILE_TYPES:
@@ -165,6 +166,7 @@ class GgufOutput:
             self._note()
 
     def _write(self, name: str, weight: Weight) -> None:
+        weight = _in_blocks(weight, self._type)
         stored = _stored_type(name, weight, self._type, self._config.tie_embeddings)
         offset = self._file.tell() - self._start
         self._table[name] = _entry(name, tuple(weight.shape), TYPES[stored].id, offset)
@@ -255,6 +257,17 @@ def _is_matrix(name: str) -> bool:
     return name.endswith(".weight") and "norm" not in name and name != ROPE_FREQS
 
 
+def _in_blocks(weight: Weight, type: str) -> Weight:
+    """The same numbers with a scale for every 32 columns where more share one; not in more bits than asked for."""
+    if not isinstance(weight, QuantTensor) or weight.group_size == BLOCK or weight.group_size % BLOCK:
+        return weight
+    if type not in ("Q8_0", "Q4_0") or (weight.bits == 8 and type == "Q4_0"):
+        return weight
+    n = weight.group_size // BLOCK
+    minimum = None if weight.minimum is None else weight.minimum.repeat_interleave(n, 1)
+    return QuantTensor(weight.q, weight.scale.repeat_interleave(n, 1), minimum)
+
+
 def _stored_type(name: str, weight: Weight, type: str, tied: bool) -> str:
     if not _is_matrix(name):
         return "F32"
@@ -262,7 +275,7 @@ def _stored_type(name: str, weight: Weight, type: str, tied: bool) -> str:
         return type
     if isinstance(weight, QuantTensor) and (kept := kept_type(weight)) is not None:
         return kept
-    if weight.shape[1] % 32:
+    if weight.shape[1] % BLOCK:
         return "F16"
     is_head = name == f"{TOP['embed' if tied else 'head']}.weight"
     return "Q8_0" if is_head else type
