@@ -239,6 +239,19 @@ def test_perplexity(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
 # -------------------------------------------------------------------- looking
 
 
+def test_a_vision_tower_is_spoken_of(cli: Cli, shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "golden" / "glm-4v-9b"
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    n = sum(name.startswith("transformer.vision.") for name in index)
+    value = last_json(cli("inspect", source, "--json")[1])
+    assert value["vision_tensors"] == n > 0 and value["vision_bytes"] > 0
+    assert f"{n} tensors" in cli("inspect", source)[1]
+    code, _, err = cli("convert", source, tmp_path / "out", "--format", "hf")
+    assert code == 2 and "--text-only" in err and err.count("\n") == 1
+    code, out, _ = cli("convert", source, tmp_path / "out", "--format", "hf", "--text-only")
+    assert code == 0 and f"left out: the vision tower, {n} tensors" in out
+
+
 def test_inspect_reads_no_weights(
     cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
