@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,11 @@ def test_icetk_offset_comes_from_the_files(ice_model: bytes, tmp_path: Path) -> 
         tokenizer = Tokenizer.load(folder)
         assert tokenizer.special_ids["[gMASK]"] == n + 1 + offset
         check_files(tokenizer, tmp_path / f"{i} again")
+    for offset in (0, 20000):  # said beside the vocabulary, whatever a config's rows would say
+        stated = json.dumps({"num_image_tokens": offset}).encode()
+        rows = json.dumps({"vocab_size": n + 20528 - offset}).encode()
+        files = {"ice_text.model": ice_model, "tokenizer_config.json": stated, "config.json": rows}
+        assert Tokenizer(files).special_ids["[gMASK]"] == n + 1 + offset
 
 
 def test_icetk_commands_in_text_are_spelled_out_even_if_the_file_would_match_them(ice_model: bytes) -> None:
