@@ -287,6 +287,11 @@ class Container:
         if found.returncode != 0:
             reason = (found.stderr.strip().splitlines() or ["no answer"])[-1]
             return f"{name} has no image {self.image!r} ({reason}); docs/TOOLS.md says how to build it"
+        options = self.options(SandboxConfig(), f"openglm-{secrets.token_hex(8)}")
+        command = [self.engine, *options, "python3", "-c", "pass"]
+        tried = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
+        if tried.returncode != 0:
+            return f"{name} runs no container: {(tried.stderr.strip().splitlines() or ['no answer'])[-1]}"
         return ""
 
     def start(self, config: SandboxConfig) -> subprocess.Popen[bytes]:
