@@ -35,7 +35,7 @@ __all__ = [
 INT4, INT6, INT8, F32, F16, BF16 = range(6)
 KINDS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
 THREADS = torch.get_num_threads()  # seen at import: readers of weights turn theirs down to one for a while
-TILE_ROWS = 32  # query heads that may share keys: OG_TILE_ROWS of openglm.h
+TILE_ROWS = 96  # query heads that may share keys: OG_TILE_ROWS of openglm.h
 MLPS = {"gelu": 0, "geglu": 1, "swiglu": 2}
 
 

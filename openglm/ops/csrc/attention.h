@@ -5,7 +5,7 @@
 
 namespace {
 
-const int64_t KEYS = OG_KEY_BLOCK;
+const int64_t KEYS = OG_SEGMENT;
 
 // f(row, N) for N rows at a time, then once for those left.
 template <int N, class Work> void the_rest(int64_t rows, int64_t first, const Work &f) {
@@ -16,6 +16,12 @@ template <int N, class Work> void in_groups(int64_t rows, const Work &f) {
   int64_t first = 0;
   for (; first + N <= rows; first += N) f(first, std::integral_constant<int, N>());
   if constexpr (N > 1) the_rest<N - 1>(rows, first, f);
+}
+
+// Query rows that share a vector of keys or values: half of the registers hold their sums.
+template <class S> constexpr int at_once() {
+  const int n = S::registers / 2 / (16 / S::lanes);
+  return n < 8 ? n : 8;
 }
 
 // Scores of NQ query rows with G times 16 keys, each 16 side by side in memory: sums enough to keep the CPU busy.
@@ -40,7 +46,7 @@ void score(const float *q, int64_t head_dim, const typename L::T *const *keys, c
     }
 }
 
-// The same for `n` times 16 keys, 1 to 4.
+// The same for `n` times 16 keys.
 template <class S, class L, int NQ>
 void scores_of(const float *q, int64_t head_dim, const typename L::T *const *keys, const float *scales, int64_t n,
                float *scores) {
@@ -51,51 +57,71 @@ void scores_of(const float *q, int64_t head_dim, const typename L::T *const *key
   for (; at < n; at++) score<S, L, NQ, 1>(q, head_dim, keys + at, of(), scores + 16 * at);
 }
 
-// out += weights * values for NQ rows and `n` tokens of one page.
-template <class S, class L, int NQ>
-void weigh(const float *weights, const typename L::T *values, int64_t n, int64_t head_dim, float *out) {
-  const int V = 16 / S::lanes;
-  int64_t d = 0;
-  for (; d + 16 <= head_dim; d += 16) {
-    typename S::F acc[NQ][V];
-    for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < V; v++) acc[i][v] = S::load(out + i * head_dim + d + v * S::lanes);
-    for (int64_t t = 0; t < n; t++) {
-      typename S::F x[V];
-      for (int v = 0; v < V; v++) x[v] = L::vector(values + t * head_dim + d + v * S::lanes);
+// out += weights * values for NQ rows and `n` tokens, each 16 of them one after the other in memory; W vectors of the
+// head's numbers from `d` on.
+template <class S, class L, int NQ, int W>
+void weigh_some(const float *weights, const typename L::T *const *values, int64_t n, int64_t head_dim, int64_t d,
+                float *out) {
+  typename S::F acc[NQ][W];
+  for (int i = 0; i < NQ; i++)
+    for (int v = 0; v < W; v++) acc[i][v] = S::load(out + i * head_dim + d + v * S::lanes);
+  for (int64_t first = 0; first < n; first += 16) {
+    const typename L::T *from = values[first / 16] + d;
+    const int64_t last = n - first < 16 ? n : first + 16;
+    for (int64_t t = first; t < last; t++, from += head_dim) {
+      typename S::F x[W];
+      for (int v = 0; v < W; v++) x[v] = L::vector(from + v * S::lanes);
       for (int i = 0; i < NQ; i++) {
         typename S::F p = S::set(weights[i * KEYS + t]);
-        for (int v = 0; v < V; v++) acc[i][v] = S::fma(p, x[v], acc[i][v]);
+        for (int v = 0; v < W; v++) acc[i][v] = S::fma(p, x[v], acc[i][v]);
       }
     }
-    for (int i = 0; i < NQ; i++)
-      for (int v = 0; v < V; v++) S::store(out + i * head_dim + d + v * S::lanes, acc[i][v]);
   }
+  for (int i = 0; i < NQ; i++)
+    for (int v = 0; v < W; v++) S::store(out + i * head_dim + d + v * S::lanes, acc[i][v]);
+}
+
+template <class S, class L, int NQ>
+void weigh(const float *weights, const typename L::T *const *values, int64_t n, int64_t head_dim, float *out) {
+  const int most = S::registers / 2 / NQ, W = most >= 4 ? 4 : most >= 2 ? 2 : 1;
+  int64_t d = 0;
+  for (; d + W * S::lanes <= head_dim; d += W * S::lanes) weigh_some<S, L, NQ, W>(weights, values, n, head_dim, d, out);
+  for (; d + S::lanes <= head_dim; d += S::lanes) weigh_some<S, L, NQ, 1>(weights, values, n, head_dim, d, out);
   for (; d < head_dim; d++)
     for (int i = 0; i < NQ; i++)
       for (int64_t t = 0; t < n; t++)
-        out[i * head_dim + d] += weights[i * KEYS + t] * L::one(values[t * head_dim + d]);
+        out[i * head_dim + d] += weights[i * KEYS + t] * L::one(values[t / 16][t % 16 * head_dim + d]);
 }
 
-// The softmax of one row goes on: weights of `count` more keys in place of their scores, the output so far rescaled.
-template <class S>
-void soften(float *scores, int64_t count, int64_t padded, float *top, float *total, float *out, int64_t head_dim) {
-  for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
-  typename S::F largest = S::load(scores);
-  for (int64_t i = 0; i < padded; i += S::lanes) largest = S::max(largest, S::load(scores + i));
-  float next = S::top(largest) > *top ? S::top(largest) : *top;
-  typename S::F sum = S::zero();
-  for (int64_t i = 0; i < padded; i += S::lanes)
-    S::store(scores + i, exponential<S>(S::sub(S::load(scores + i), S::set(next))));
-  for (int64_t i = count; i < padded; i++) scores[i] = 0.0f;
-  for (int64_t i = 0; i < padded; i += S::lanes) sum = S::add(sum, S::load(scores + i));
-  float carry[S::lanes];
-  S::store(carry, exponential<S>(S::set(*top - next)));
-  float factor = *top == -INFINITY ? 0.0f : carry[0];
-  *total = *total * factor + S::sum(sum);
-  *top = next;
-  if (factor != 1.0f)
-    for (int64_t d = 0; d < head_dim; d++) out[d] *= factor;
+// 16 numbers each for keys that count and for those that do not: their scores are cut down to these, and weights
+// multiplied. `min` gives the second number where the first is NaN.
+alignas(64) const float CUT[2][16] = {
+    {INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY,
+     INFINITY, INFINITY, INFINITY, INFINITY, INFINITY},
+    {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY,
+     -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+alignas(64) const float KEPT[2][16] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {}};
+
+// The softmax of one row: weights of `count` keys in place of their scores, then zeros up to `padded`.
+template <class S> void soften(float *scores, int64_t count, int64_t padded, float *top, float *total) {
+  const int64_t whole = count / S::lanes * S::lanes, left = count - whole;
+  typename S::F largest = S::set(-INFINITY), sum = S::zero(), end = S::set(-INFINITY);
+  for (int64_t i = 0; i < whole; i += S::lanes) largest = S::max(largest, S::load(scores + i));
+  if (left) end = S::min(S::load(scores + whole), S::load(CUT[1] - left));
+  const float highest = S::top(S::max(largest, end)), peak = highest > -INFINITY ? highest : -INFINITY;
+  for (int64_t i = 0; i < whole; i += S::lanes) {
+    typename S::F weight = exponential<S>(S::sub(S::load(scores + i), S::set(peak)));
+    S::store(scores + i, weight);
+    sum = S::add(sum, weight);
+  }
+  if (left) {
+    typename S::F weight = S::mul(exponential<S>(S::sub(end, S::set(peak))), S::load(KEPT[1] - left));
+    S::store(scores + whole, weight);
+    sum = S::add(sum, weight);
+  }
+  for (int64_t i = round_up(count, S::lanes); i < padded; i++) scores[i] = 0.0f;
+  *top = peak;
+  *total = S::sum(sum);
 }
 
 // Softmax sums of rows so far: weighted values (rows, head_dim), the largest score and the sum of weights of each row.
@@ -129,49 +155,68 @@ template <class S> void join(const Sums &to, const Sums &from, int64_t rows, int
   }
 }
 
-// Sums over keys first .. last of rows q (rows, head_dim), of which row r sees those before limits[r].
+// Sums over `n` keys of rows q (rows, head_dim), of which row r sees those before limits[r]; keys and values each 16
+// tokens at a time, and the scales of those in bytes. Later rows see no less than earlier ones.
+template <class S, class L>
+void segment_of(const typename L::T *const *keys, const typename L::T *const *values, const float *key_scales,
+                const float *value_scales, const float *q, int64_t head_dim, const int64_t *limits, int64_t first,
+                int64_t rows, int64_t n, float *scores, Sums sums) {
+  const int64_t block = 64; // keys that stay in the first-level cache while the rows pass
+  auto seen = [&](int64_t row) { return limits[row] - first < n ? limits[row] - first : n; };
+  for (int64_t b = 0; b < n; b += block)
+    in_groups<at_once<S>()>(rows, [&](int64_t r, auto n_rows) {
+      const int64_t end = seen(r + n_rows - 1) < b + block ? seen(r + n_rows - 1) : b + block;
+      if (end > b)
+        scores_of<S, L, n_rows>(q + r * head_dim, head_dim, keys + b / 16, key_scales ? key_scales + b : nullptr,
+                                round_up(end - b, 16) / 16, scores + r * KEYS + b);
+    });
+  in_groups<at_once<S>()>(rows, [&](int64_t r, auto n_rows) {
+    const int64_t padded = round_up(seen(r + n_rows - 1), 16);
+    for (int i = 0; i < n_rows; i++) {
+      float *mine = scores + (r + i) * KEYS;
+      if (seen(r + i) > 0) soften<S>(mine, seen(r + i), padded, sums.top + r + i, sums.total + r + i);
+      else
+        for (int64_t k = 0; k < padded; k++) mine[k] = 0.0f;
+      for (int64_t k = 0; value_scales && k < seen(r + i); k++) mine[k] *= value_scales[k];
+    }
+  });
+  for (int64_t b = 0; b < n; b += block)
+    in_groups<at_once<S>()>(rows, [&](int64_t r, auto n_rows) {
+      const int64_t end = seen(r + n_rows - 1) < b + block ? seen(r + n_rows - 1) : b + block;
+      if (end > b) weigh<S, L, n_rows>(scores + r * KEYS + b, values + b / 16, end - b, head_dim, sums.out + r * head_dim);
+    });
+}
+
+// The same for keys first .. last of a tile's sequence. Many rows have them as floats, made once.
 template <class S, class L>
 void segment(const OgTile *t, const float *q, const int64_t *limits, int64_t rows, int64_t first, int64_t last,
-             float *scores, Sums sums) {
+             float *scores, float *floats, Sums sums) {
   const OgPool *pool = t->pool;
-  const int64_t hd = t->head_dim;
-  constexpr bool bytes = sizeof(typename L::T) == 1;
-  const typename L::T *keys = (const typename L::T *)pool->keys, *values = (const typename L::T *)pool->values;
-  auto row_of = [&](int64_t key) {
-    int64_t page = t->chunk->pages[key / pool->page_size];
-    return kv_row(pool, t->layer, t->n_kv_heads, page, t->kv_head) + key % pool->page_size;
-  };
-  sums.clear(rows, hd);
-  for (int64_t b = first; b < last; b += KEYS) {
-    int64_t n = last - b < KEYS ? last - b : KEYS;
-    const typename L::T *keys_at[KEYS / 16];
-    float scales[KEYS];
-    for (int64_t s = 0; s < n; s += 16) {
-      keys_at[s / 16] = keys + row_of(b + s) * hd;
-      if constexpr (bytes) key_scales(keys_at[s / 16], scales + s);
-    }
-    in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
-      const float *by = bytes ? scales : nullptr;
-      scores_of<S, L, n_rows>(q + r * hd, hd, keys_at, by, round_up(n, 16) / 16, scores + r * KEYS);
-    });
-    for (int64_t r = 0; r < rows; r++) {
-      int64_t count = limits[r] - b < n ? limits[r] - b : n;
-      float *mine = scores + r * KEYS;
-      if (count <= 0) memset(mine, 0, KEYS * sizeof(float));
-      else soften<S>(mine, count, round_up(n, 16), sums.top + r, sums.total + r, sums.out + r * hd, hd);
-    }
-    for (int64_t s = 0; s < n; s += 16) {
-      int64_t row = row_of(b + s), m = n - s < 16 ? n - s : 16;
-      if constexpr (bytes) {
-        for (int64_t i = 0; i < m; i++) scales[i] = value_scale(values + (row + i) * hd);
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t i = 0; i < m; i++) scores[r * KEYS + s + i] *= scales[i];
-      }
-      in_groups<S::at_once>(rows, [&](int64_t r, auto n_rows) {
-        weigh<S, L, n_rows>(scores + r * KEYS + s, values + row * hd, m, hd, sums.out + r * hd);
-      });
+  const int64_t hd = t->head_dim, n = last - first;
+  constexpr int size = sizeof(typename L::T);
+  const typename L::T *keys[KEYS / 16], *values[KEYS / 16];
+  float scales[2][size == 1 ? KEYS : 1], *by[2] = {size == 1 ? scales[0] : nullptr, size == 1 ? scales[1] : nullptr};
+  for (int64_t s = 0; s < n; s += 16) {
+    const int64_t page = t->chunk->pages[(first + s) / pool->page_size];
+    const int64_t row = kv_row(pool, t->layer, t->n_kv_heads, page, t->kv_head) + (first + s) % pool->page_size;
+    keys[s / 16] = (const typename L::T *)pool->keys + row * hd;
+    values[s / 16] = (const typename L::T *)pool->values + row * hd;
+    if constexpr (size == 1) {
+      key_scales(keys[s / 16], scales[0] + s);
+      for (int64_t i = 0; i < 16 && s + i < n; i++) scales[1][s + i] = value_scale(values[s / 16] + i * hd);
     }
   }
+  sums.clear(rows, hd);
+  if (size == sizeof(float) || rows <= 2 * at_once<S>())
+    return segment_of<S, L>(keys, values, by[0], by[1], q, hd, limits, first, rows, n, scores, sums);
+  const float *wide[2][KEYS / 16];
+  for (int64_t s = 0; s < n; s += 16)
+    for (int i = 0; i < 2; i++, floats += 16 * hd) {
+      const typename L::T *from = i ? values[s / 16] : keys[s / 16];
+      for (int64_t d = 0; d < 16 * hd; d += S::lanes) S::store(floats + d, L::vector(from + d));
+      wide[i][s / 16] = floats;
+    }
+  segment_of<S, LoadF32<S>>(wide[0], wide[1], by[0], by[1], q, hd, limits, first, rows, n, scores, sums);
 }
 
 inline void finish(const OgTile *t, const Sums &sums, int64_t rows) {
@@ -184,7 +229,7 @@ inline void finish(const OgTile *t, const Sums &sums, int64_t rows) {
 template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
   const OgChunk *c = t->chunk;
   const int64_t hd = t->head_dim, rows = t->n_tokens * t->group;
-  float *q = scratch, *scores = q + rows * hd, *next = scores + rows * KEYS;
+  float *q = scratch, *scores = q + rows * hd, *next = scores + rows * KEYS, *floats = next + 2 * rows * (hd + 2);
   Sums sums(next, rows, hd), part(next + rows * (hd + 2), rows, hd);
   int64_t longest = 0, limits[OG_TILE_ROWS];
   for (int64_t i = 0; i < t->n_tokens; i++) {
@@ -200,13 +245,12 @@ template <class S, class L> void attend_kind(const OgTile *t, float *scratch) {
   }
   if (t->partial) { // one segment of it
     int64_t first = t->segment * OG_SEGMENT, last = first + OG_SEGMENT < longest ? first + OG_SEGMENT : longest;
-    return segment<S, L>(t, q, limits, rows, first, last, scores, Sums(t->partial, rows, hd));
+    return segment<S, L>(t, q, limits, rows, first, last, scores, floats, Sums(t->partial, rows, hd));
   }
-  sums.clear(rows, hd);
   for (int64_t first = 0; first < longest; first += OG_SEGMENT) {
     int64_t last = first + OG_SEGMENT < longest ? first + OG_SEGMENT : longest;
-    segment<S, L>(t, q, limits, rows, first, last, scores, part);
-    join<S>(sums, part, rows, hd);
+    segment<S, L>(t, q, limits, rows, first, last, scores, floats, first ? part : sums);
+    if (first) join<S>(sums, part, rows, hd);
   }
   finish(t, sums, rows);
 }

@@ -8,7 +8,7 @@
 namespace {
 
 struct Avx512 {
-  static constexpr int lanes = 16, tokens = 4, at_once = 8, panel_rows = 2, registers = 32;
+  static constexpr int lanes = 16, tokens = 6, at_once = 12, panel_rows = 2, registers = 32;
   typedef __m512 F;
   typedef __m512i I;
   typedef __m512i B;

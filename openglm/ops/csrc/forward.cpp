@@ -20,7 +20,7 @@ const OgKernels *kernels(); // dispatch.cpp
 
 namespace {
 
-const int64_t FEW = 4;
+const int64_t FEW = 4, MANY = 64;
 
 struct Buffer { // grows, is never cleared; lines of the cache are not shared with others
   std::unique_ptr<char[]> memory;
@@ -92,6 +92,14 @@ struct Pass {
     return {n * thread / threads, n * (thread + 1) / threads};
   }
 
+  // Zeros for tokens that the last tile does not have: kernels multiply them, and what memory held before may be slow.
+  void fill_up(const OgActivations &a, int64_t n) const {
+    const int64_t tile = n / k.tokens * a.blocks;
+    for (int64_t i = n % k.tokens; i && i < k.tokens; i++)
+      for (int64_t b = 0; b < a.blocks; b++)
+        a.scale[(tile + b) * k.tokens + i] = a.sums[(tile + b) * k.tokens + i] = 0.0f;
+  }
+
   // Norm (where there is one) and quantisation of `n` rows; ends with a barrier if threads share the work. The floats
   // are private for few tokens, as they are for all when the next map and the residual do not need them.
   Input prepare(int thread, const float *from, int64_t columns, int64_t n, const OgNorm *norm, const OgLinear &to) {
@@ -106,7 +114,10 @@ struct Pass {
       if (norm) k.norm(from + t * columns, norm, m.layer_norm, m.norm_eps, columns, x + t * columns);
       if (wants_bytes(to)) k.quantise(in.x + t * columns, columns, t, &in.q, 0);
     }
-    if (!few) barrier();
+    if (!few) {
+      if (thread == 0 && wants_bytes(to)) fill_up(in.q, n);
+      barrier();
+    }
     return in;
   }
 
@@ -115,7 +126,7 @@ struct Pass {
               float *out, int64_t out_stride) {
     int64_t rows = 0;
     for (int i = 0; i < l.n_parts; i++) rows += l.parts[i].rows;
-    const int64_t step = (rows / (threads * 8) + 32) / 32 * 32; // whole panels of rows
+    const int64_t step = n > MANY ? 32 : (rows / (threads * 8) + 32) / 32 * 32; // whole panels of rows
     int64_t next = take(1), before = 0, offset = 0;
     for (int i = 0; i < l.n_parts; i++) {
       const OgMatrix &part = l.parts[i];
@@ -170,6 +181,16 @@ struct Pass {
     k.store_kv(&pool, layer, m.n_kv_heads, hd, g, chunk.pages[at / pool.page_size], at % pool.page_size, key, value);
   }
 
+  // Query tokens in a tile of attention: several tiles for each thread, and rows come by the eight.
+  int64_t tile_tokens(int64_t n_tokens) const {
+    const int64_t group = m.n_heads / m.n_kv_heads, most = std::max<int64_t>(1, OG_TILE_ROWS / group);
+    const int64_t wanted = std::max<int64_t>(8 / group, n_tokens * m.n_kv_heads / (4 * threads));
+    const int64_t size = std::max<int64_t>(1, std::min(most, wanted));
+    for (int64_t n = size; n > size / 2; n--)
+      if (n * group % 8 == 0) return n;
+    return size;
+  }
+
   void attend(int thread, int64_t layer, float *qkv, float *out) {
     const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G;
     const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
@@ -181,19 +202,13 @@ struct Pass {
           for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
         }
     barrier();
-    int64_t per_tile = std::max<int64_t>(1, OG_TILE_ROWS / group);
-    for (int64_t n = per_tile; n > per_tile / 2; n--) // rows come by the eight
-      if (n * group % 8 == 0) {
-        per_tile = n;
-        break;
-      }
-    float *scratch = w.mine[thread].scratch.get<float>(og_scratch(per_tile * group, hd));
+    float *scratch = w.mine[thread].scratch.get<float>(og_scratch(OG_TILE_ROWS, hd));
     int64_t next = take(1), before = 0;
     for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens) {
       const OgChunk &chunk = b.chunks[c];
-      const int64_t tiles = (chunk.n_tokens + per_tile - 1) / per_tile * G;
-      for (; next < before + tiles; next = take(1)) {
-        int64_t g = (next - before) % G, first = (next - before) / G * per_tile;
+      const int64_t per_tile = tile_tokens(chunk.n_tokens), tiles = (chunk.n_tokens + per_tile - 1) / per_tile * G;
+      for (; next < before + tiles; next = take(1)) { // from behind: the last ones have most keys, small ones fill up
+        int64_t g = (next - before) % G, first = (tiles - 1 - (next - before)) / G * per_tile;
         int64_t n = std::min(per_tile, chunk.n_tokens - first), head = g * group * hd;
         OgTile tile = {&pool, &chunk, layer, G, g, group, hd, first, n, qkv + (token + first) * qkv_dim + head,
                        out + (token + first) * out_dim + head, qkv_dim, out_dim, 0, nullptr};
@@ -241,7 +256,7 @@ struct Pass {
     const bool bytes = wants_bytes(layer.down), floats = wants_floats(layer.down);
     Input result = {floats ? w.middle.get<float>(T * F) : nullptr, w.activations_ffn.of(T, F)};
     int64_t step = (F / (threads * 8) + 32) / 32 * 32;
-    step = std::max<int64_t>(32, std::min(step, 32768 / T / 32 * 32));
+    step = std::max<int64_t>(32, std::min(step, 65536 / T / 32 * 32));
     float *gate = w.mine[thread].gate.get<float>(2 * T * step), *up = n_up == 2 ? gate + T * step : nullptr;
     for (int64_t at = take(1) * step; at < F; at = take(1) * step) {
       int64_t n = std::min(step, F - at);
@@ -255,6 +270,7 @@ struct Pass {
         if (floats) memcpy((float *)result.x + t * F + at, g, n * sizeof(float));
       }
     }
+    if (thread == 0 && bytes) fill_up(result.q, T);
     barrier();
     return result;
   }

@@ -4,6 +4,10 @@
 // or rows are computed beside it: results do not depend on company.
 #pragma once
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "products.h"
 
 namespace {
@@ -33,40 +37,63 @@ template <class S> double sum_exp(const float *x, int64_t n, float peak) {
   return total;
 }
 
+inline int32_t sum_of_bytes(const int8_t *q) { // 16 of them
+#if defined(__SSE2__)
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)q), _mm_set1_epi8((char)0x80));
+  const __m128i sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += q[i];
+  return sum;
+#endif
+}
+
 template <class S>
 void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out, int64_t first_block) {
   const int V = 32 / S::lanes;
-  for (int64_t b = 0; b * 32 < n; b++) {
-    int64_t block = token / S::tokens * out->blocks + first_block + b, m = token % S::tokens;
-    int64_t at = block * S::tokens + m;
-    float tail[32];
-    const float *from = x + b * 32;
-    if (n - b * 32 < 32) {
-      memset(tail, 0, sizeof tail);
-      memcpy(tail, from, (n - b * 32) * sizeof(float));
-      from = tail;
+  const int64_t m = token % S::tokens, tile = token / S::tokens * out->blocks + first_block;
+  typename S::F odd = S::zero(); // becomes NaN with NaN and infinities, which must not get lost
+  float tail[32];
+  auto block = [&](int64_t b) {
+    if (n - b * 32 >= 32) return x + b * 32;
+    memset(tail, 0, sizeof tail);
+    memcpy(tail, x + b * 32, (n - b * 32) * sizeof(float));
+    return (const float *)tail;
+  };
+  const int MOST = 16; // blocks in one go: their largest numbers take long to find, but not after each other
+  float largest[MOST];
+  for (int64_t first = 0; first * 32 < n; first += MOST) {
+    const int64_t last = (first + MOST) * 32 < n ? first + MOST : (n + 31) / 32;
+    for (int64_t b = first; b < last; b++) {
+      const float *from = block(b);
+      typename S::F top = S::zero();
+      for (int i = 0; i < V; i++) {
+        typename S::F v = S::load(from + i * S::lanes);
+        top = S::max(top, S::abs(v));
+        odd = S::fma(v, S::zero(), odd);
+      }
+      largest[b - first] = S::top(top);
     }
-    typename S::F v[V], top = S::zero(), odd = S::zero();
-    for (int i = 0; i < V; i++) {
-      v[i] = S::load(from + i * S::lanes);
-      top = S::max(top, S::abs(v[i]));
-      odd = S::add(odd, S::sub(v[i], v[i])); // not zero for NaN and infinities, which must not get lost
+    for (int64_t b = first; b < last; b++) {
+      const int64_t at = (tile + b) * S::tokens + m;
+      const float *from = block(b), top = largest[b - first], inverse = top > 0 ? 127.0f / top : 0.0f;
+      int8_t *q = out->q + at * 32;
+      for (int i = 0; i < V; i++) S::to_s8(q + i * S::lanes, S::mul(S::load(from + i * S::lanes), S::set(inverse)));
+      const int32_t sums[2] = {sum_of_bytes(q), sum_of_bytes(q + 16)};
+      out->scale[at] = top * (1.0f / 127);
+      out->sums[at] = top * (1.0f / 127) * (float)(sums[0] + sums[1]);
+      int32_t *minus = out->minus + (tile + b) * 3 * S::tokens + m;
+      minus[0] = -128 * sums[0];
+      minus[S::tokens] = -128 * sums[1];
+      minus[2 * S::tokens] = -128 * (sums[0] + sums[1]);
     }
-    float largest = S::top(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    int8_t *q = out->q + at * 32;
-    typename S::F halves[2] = {S::zero(), S::zero()}; // sums of whole numbers below 2^24 are exact
-    for (int i = 0; i < V; i++) {
-      typename S::F whole = S::round(S::mul(v[i], S::set(inverse)));
-      S::to_s8(q + i * S::lanes, whole);
-      halves[2 * i / V] = S::add(halves[2 * i / V], whole);
-    }
-    const int32_t sums[2] = {(int32_t)S::sum(halves[0]), (int32_t)S::sum(halves[1])};
-    out->scale[at] = largest / 127.0f + S::sum(odd);
-    out->sums[at] = out->scale[at] * (float)(sums[0] + sums[1]);
-    int32_t *minus = out->minus + block * 3 * S::tokens + m;
-    minus[0] = -128 * sums[0];
-    minus[S::tokens] = -128 * sums[1];
-    minus[2 * S::tokens] = -128 * (sums[0] + sums[1]);
+  }
+  if (S::sum(odd) == 0.0f) return;
+  for (int64_t b = 0; b * 32 < n; b++) { // rare: which ones are they?
+    const float *from = block(b);
+    for (int i = 0; i < 32; i++)
+      if (from[i] - from[i] != 0.0f) out->scale[(tile + b) * S::tokens + m] = out->sums[(tile + b) * S::tokens + m] = NAN;
   }
 }
 

@@ -123,6 +123,8 @@ struct OgKernels {
   void (*gather)(const OgMatrix *w, int64_t row, float *out); // one row, dequantised
 };
 
-// Query rows that `attend` handles at once, keys in one block of its running softmax.
-enum { OG_TILE_ROWS = 32, OG_KEY_BLOCK = 64, OG_SEGMENT = 256 };
-inline int64_t og_scratch(int64_t rows, int64_t head_dim) { return rows * (3 * head_dim + OG_KEY_BLOCK + 4); } // floats
+// Query rows that `attend` handles at once, and keys that it has in one softmax.
+enum { OG_TILE_ROWS = 96, OG_SEGMENT = 256 };
+inline int64_t og_scratch(int64_t rows, int64_t head_dim) { // floats
+  return rows * (3 * head_dim + OG_SEGMENT + 4) + 2 * OG_SEGMENT * head_dim;
+}

@@ -33,17 +33,18 @@ struct Output { // where results go: out[t, r] = residual ? alpha * residual[t, 
   }
 };
 
-template <class S>
-void put_block(const Output &o, int64_t token, int64_t row, int64_t column, int64_t n, typename S::F y) {
-  if (n < S::lanes) {
-    float values[S::lanes];
-    S::store(values, y);
-    for (int64_t i = 0; i < n; i++) o.put(token, row + i, column + i, values[i]);
-    return;
-  }
+template <class S> inline void put_whole(const Output &o, int64_t token, int64_t row, int64_t column, typename S::F y) {
   if (o.bias) y = S::add(y, S::load(o.bias + row));
   if (o.residual) y = S::fma(S::load(o.residual + token * o.residual_stride + row), S::set(o.alpha), y);
   S::store(o.out + token * o.out_stride + column, y);
+}
+
+template <class S>
+void put_block(const Output &o, int64_t token, int64_t row, int64_t column, int64_t n, typename S::F y) {
+  if (n >= S::lanes) return put_whole<S>(o, token, row, column, y);
+  float values[S::lanes];
+  S::store(values, y);
+  for (int64_t i = 0; i < n; i++) o.put(token, row + i, column + i, values[i]);
 }
 
 // ---------------------------------------------------------------- packed weights
@@ -172,7 +173,7 @@ void packed_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens,
 
 // NR blocks of rows, PANEL blocks of columns: bytes that count from 0 (MIN) or -128, and scales as floats. Where bytes
 // are signed (not S::unsigned8) they are the values themselves, paired as S::panel_dots wants them.
-const int PANEL = 24;
+const int PANEL = 48;
 
 template <class S, int NR> struct Panel {
   alignas(64) uint8_t q[PANEL * 32 * S::lanes * NR]; // (blocks, 8 quads, NR, lanes, 4)
@@ -203,9 +204,11 @@ void unpack_panel(const OgMatrix *w, int64_t blocks, int64_t row_block, int64_t 
   }
 }
 
-// A panel with one tile; sums (NR, tokens, lanes) go on from what they hold.
+// A panel with one tile: sums of blocks before `first` come from `sums` (NR, tokens, lanes), those so far go there, or,
+// after the last block, to where results go.
 template <class S, bool G16, bool MIN, int NR>
-void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int64_t first, int64_t n, float *sums) {
+void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int64_t first, int64_t n, float *sums,
+                int64_t n_tokens, int64_t rows, int64_t row, int64_t shift, const Output &o) {
   const int R = S::lanes, TS = S::tokens, HALVES = G16 ? 2 : 1, QUADS = 8 / HALVES;
   const int64_t at = (tile * a->blocks + first) * TS;
   const int8_t *x = a->q + at * 32;
@@ -214,7 +217,7 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
   const uint8_t *q = p->q;
   typename S::F acc[NR][TS];
   for (int r = 0; r < NR; r++)
-    for (int m = 0; m < TS; m++) acc[r][m] = S::load(sums + (r * TS + m) * R);
+    for (int m = 0; m < TS; m++) acc[r][m] = first ? S::load(sums + (r * TS + m) * R) : S::zero();
   for (int64_t b = 0; b < n; b++, x += TS * 32, xs += TS, x_sums += TS, minus += 3 * TS) {
     for (int h = 0; h < HALVES; h++) {
       typename S::I c[NR][TS];
@@ -247,33 +250,41 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
         for (int m = 0; m < TS; m++) acc[r][m] = S::fma(lowest, S::set(x_sums[m]), acc[r][m]);
       }
   }
-  for (int r = 0; r < NR; r++)
-    for (int m = 0; m < TS; m++) S::store(sums + (r * TS + m) * R, acc[r][m]);
+  if (first + n < a->blocks) {
+    for (int r = 0; r < NR; r++)
+      for (int m = 0; m < TS; m++) S::store(sums + (r * TS + m) * R, acc[r][m]);
+    return;
+  }
+  const int64_t token = tile * TS;
+  if (row + NR * R <= rows) {
+    for (int m = 0; m < TS && token + m < n_tokens; m++)
+      for (int r = 0; r < NR; r++) put_whole<S>(o, token + m, row + r * R, row + r * R - shift, acc[r][m]);
+    return;
+  }
+  for (int m = 0; m < TS && token + m < n_tokens; m++)
+    for (int r = 0; r < NR && row + r * R < rows; r++) {
+      int64_t to = row + r * R, left = rows - to < R ? rows - to : R;
+      put_block<S>(o, token + m, to, to - shift, left, acc[r][m]);
+    }
 }
 
-const int TILES = 64; // in one go: their sums stay in the second-level cache
+const int TILES = 96; // in one go where columns take several panels: their sums stay in the second-level cache
 
 template <class S, int KIND, bool G16, bool MIN, int NR>
 void panel_rows(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t row, int64_t shift,
                 const Output &o) {
-  const int R = S::lanes, TS = S::tokens;
+  const int TS = S::tokens;
   Panel<S, NR> panel;
-  alignas(64) float sums[TILES * NR * TS * R];
-  for (int64_t token = 0; token < n_tokens; token += TILES * TS) {
-    const int64_t tiles = n_tokens - token < TILES * TS ? round_up(n_tokens - token, TS) / TS : TILES;
-    memset(sums, 0, tiles * NR * TS * R * sizeof(float));
+  alignas(64) float sums[TILES * NR * TS * S::lanes];
+  const int64_t tiles = round_up(n_tokens, TS) / TS, step = a->blocks > PANEL ? TILES : tiles;
+  for (int64_t tile = 0; tile < tiles; tile += step)
     for (int64_t first = 0; first < a->blocks; first += PANEL) {
       int64_t n = a->blocks - first < PANEL ? a->blocks - first : PANEL;
-      unpack_panel<S, KIND, G16, MIN, NR>(w, a->blocks, row / R, first, n, &panel);
-      for (int64_t i = 0; i < tiles; i++)
-        panel_tile<S, G16, MIN, NR>(&panel, a, token / TS + i, first, n, sums + i * NR * TS * R);
+      unpack_panel<S, KIND, G16, MIN, NR>(w, a->blocks, row / S::lanes, first, n, &panel);
+      for (int64_t i = 0; i < step && tile + i < tiles; i++)
+        panel_tile<S, G16, MIN, NR>(&panel, a, tile + i, first, n, sums + i * NR * TS * S::lanes, n_tokens, w->rows,
+                                    row, shift, o);
     }
-    for (int64_t i = 0; i < tiles * TS && token + i < n_tokens; i++)
-      for (int r = 0; r < NR && row + r * R < w->rows; r++) {
-        int64_t at = row + r * R, left = w->rows - at < R ? w->rows - at : R;
-        put_block<S>(o, token + i, at, at - shift, left, S::load(sums + ((i / TS * NR + r) * TS + i % TS) * R));
-      }
-  }
 }
 
 template <class S, int KIND, bool G16, bool MIN>
