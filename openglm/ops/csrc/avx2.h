@@ -107,6 +107,8 @@ struct Avx2Vnni : Avx2Floats {
   static constexpr bool unsigned8 = true;
   struct W8 { B w; };
   static W8 w8(B w) { return {_mm256_xor_si256(w, _mm256_set1_epi8((char)0x80))}; }
+  static F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static I plus(I a, int32_t b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }
   static B from_128(B w, int add) { return _mm256_add_epi8(w, _mm256_set1_epi8((char)add)); }
   static void store_bytes(uint8_t *p, B w) { _mm256_storeu_si256((__m256i *)p, w); }
   static I dot8(I c, W8 w, B a) { return _mm256_dpbusd_avx_epi32(c, w.w, a); }

@@ -62,6 +62,8 @@ struct Avx512 {
   static I izero() { return _mm512_setzero_si512(); }
   static I shifted(const int32_t *p, int n) { return _mm512_srai_epi32(_mm512_set1_epi32(*p), n); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static I plus(I a, int32_t b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
   static Dot4 dot4_start(I init) { return init; }
   static Dot4 dot4(Dot4 c, B w, B a) { return _mm512_dpbusd_epi32(c, w, a); }
   static I dot4_sum(Dot4 c, I) { return c; }

@@ -82,7 +82,7 @@ void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out
       for (int i = 0; i < V; i++) S::to_s8(q + i * S::lanes, S::mul(S::load(from + i * S::lanes), S::set(inverse)));
       const int32_t sums[2] = {sum_of_bytes(q), sum_of_bytes(q + 16)};
       out->scale[at] = top * (1.0f / 127);
-      out->sums[at] = top * (1.0f / 127) * (float)(sums[0] + sums[1]);
+      out->sums[at] = (float)(sums[0] + sums[1]);
       int32_t *minus = out->minus + (tile + b) * 3 * S::tokens + m;
       minus[0] = -128 * sums[0];
       minus[S::tokens] = -128 * sums[1];
@@ -93,7 +93,7 @@ void quantise(const float *x, int64_t n, int64_t token, const OgActivations *out
   for (int64_t b = 0; b * 32 < n; b++) { // rare: which ones are they?
     const float *from = block(b);
     for (int i = 0; i < 32; i++)
-      if (from[i] - from[i] != 0.0f) out->scale[(tile + b) * S::tokens + m] = out->sums[(tile + b) * S::tokens + m] = NAN;
+      if (from[i] - from[i] != 0.0f) out->scale[(tile + b) * S::tokens + m] = NAN;
   }
 }
 

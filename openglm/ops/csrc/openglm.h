@@ -83,7 +83,7 @@ struct OgBatch {
 struct OgActivations {
   int8_t *q;      // (tiles, blocks, tokens, 32)
   float *scale;   // (tiles, blocks, tokens)
-  float *sums;    // (tiles, blocks, tokens): scale times the sum of q
+  float *sums;    // (tiles, blocks, tokens): the sum of q
   int32_t *minus; // (tiles, blocks, 3, tokens): -128 times the sum of q over columns 0-15, 16-31 and all
   int64_t blocks;
 };

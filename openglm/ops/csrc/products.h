@@ -5,6 +5,7 @@
 // bytes in one instruction. An output element is the same, bit for bit, on both ways.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -127,13 +128,13 @@ void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, i
       for (int m = 0; m < MT; m++)
         init[m] = counted ? S::shifted(from + m / TS * 3 * tile_stride + m % TS, shift) : S::izero();
       dots<S, KIND, 4 * h, 8 / HALVES, MT>(q, x, 32 * tile_stride, init, sums);
-      typename S::F s = S::f16(scale + h * R);
-      for (int m = 0; m < MT; m++) acc[m] = S::fma(S::mul(s, S::set(at(xs, m))), S::to_float(sums[m]), acc[m]);
+      typename S::F s = S::f16(scale + h * R), lowest = MIN ? S::f16(minimum) : S::zero();
+      for (int m = 0; m < MT; m++) {
+        typename S::F y = S::mul(s, S::to_float(sums[m]));
+        if (MIN) y = S::fma(lowest, S::set(at(x_sums, m)), y);
+        acc[m] = S::fma(y, S::set(at(xs, m)), acc[m]);
+      }
     });
-    if (MIN) {
-      typename S::F lowest = S::f16(minimum);
-      for (int m = 0; m < MT; m++) acc[m] = S::fma(lowest, S::set(at(x_sums, m)), acc[m]);
-    }
     if (++in_group == per_group) {
       in_group = 0;
       __builtin_prefetch((const char *)scale + AHEAD / 4);
@@ -175,9 +176,29 @@ void packed_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens,
 // are signed (not S::unsigned8) they are the values themselves, paired as S::panel_dots wants them.
 const int PANEL = 48;
 
+// Sums of whole numbers become floats in the same step as they meet their scale, where registers allow: a sum n that
+// starts at the bits of the float 1.5 * 2^23 is that float plus n, and fma(scale, it, -1.5 * 2^23 scale) = scale * n,
+// rounded once like a product, since a float16 scale leaves room for the difference.
+const int32_t RAISED_BITS = 0x4B400000;
+const float RAISED = 12582912.0f;
+
+template <class S, class = void> struct Raised { // without
+  static typename S::I start(typename S::I init) { return init; }
+  static typename S::F times(typename S::I sum, typename S::F scale, const float *) {
+    return S::mul(scale, S::to_float(sum));
+  }
+};
+template <class S> struct Raised<S, std::enable_if_t<sizeof(S::as_float(S::izero())) != 0>> { // with
+  static typename S::I start(typename S::I init) { return S::plus(init, RAISED_BITS); }
+  static typename S::F times(typename S::I sum, typename S::F scale, const float *below) {
+    return S::fma(scale, S::as_float(sum), S::load(below));
+  }
+};
+
 template <class S, int NR> struct Panel {
   alignas(64) uint8_t q[PANEL * 32 * S::lanes * NR]; // (blocks, 8 quads, NR, lanes, 4)
   alignas(64) float scale[PANEL * 2 * S::lanes * NR]; // (blocks, halves, NR, lanes)
+  alignas(64) float below[PANEL * 2 * S::lanes * NR]; // -RAISED times that
   alignas(64) float minimum[PANEL * S::lanes * NR];
 };
 
@@ -197,8 +218,11 @@ void unpack_panel(const OgMatrix *w, int64_t blocks, int64_t row_block, int64_t 
         for (int j = 0; j < 2; j++) S::store_bytes(to->q + ((b * 8 + 2 * i + j) * NR + r) * 4 * R, pair[j]);
       });
       int64_t at = (row_block + r) * groups + (G16 ? 2 * (first + b) : (first + b) / per_group);
-      for (int h = 0; h < HALVES; h++)
-        S::store(to->scale + ((b * HALVES + h) * NR + r) * R, S::f16(w->scale + (at + h) * R));
+      for (int h = 0; h < HALVES; h++) {
+        const int64_t place = ((b * HALVES + h) * NR + r) * R;
+        S::store(to->scale + place, S::f16(w->scale + (at + h) * R));
+        S::store(to->below + place, S::mul(S::f16(w->scale + (at + h) * R), S::set(-RAISED)));
+      }
       if (MIN) S::store(to->minimum + (b * NR + r) * R, S::f16(w->minimum + at * R));
     }
   }
@@ -212,7 +236,8 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
   const int R = S::lanes, TS = S::tokens, HALVES = G16 ? 2 : 1, QUADS = 8 / HALVES;
   const int64_t at = (tile * a->blocks + first) * TS;
   const int8_t *x = a->q + at * 32;
-  const float *xs = a->scale + at, *x_sums = a->sums + at, *scale = p->scale, *minimum = p->minimum;
+  const float *xs = a->scale + at, *x_sums = a->sums + at, *scale = p->scale, *below = p->below;
+  const float *minimum = p->minimum;
   const int32_t *minus = a->minus + at * 3;
   const uint8_t *q = p->q;
   typename S::F acc[NR][TS];
@@ -238,17 +263,16 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
           }
         }
       }
-      for (int r = 0; r < NR; r++, scale += R) {
-        typename S::F s = S::load(scale);
-        for (int m = 0; m < TS; m++)
-          acc[r][m] = S::fma(S::mul(s, S::set(xs[m])), S::to_float(c[r][m]), acc[r][m]);
+      for (int r = 0; r < NR; r++, scale += R, below += R) {
+        typename S::F s = S::load(scale), lowest = MIN ? S::load(minimum) : S::zero();
+        if (MIN) minimum += R;
+        for (int m = 0; m < TS; m++) {
+          typename S::F y = Raised<S>::times(c[r][m], s, below);
+          if (MIN) y = S::fma(lowest, S::set(x_sums[m]), y);
+          acc[r][m] = S::fma(y, S::set(xs[m]), acc[r][m]);
+        }
       }
     }
-    if (MIN)
-      for (int r = 0; r < NR; r++, minimum += R) {
-        typename S::F lowest = S::load(minimum);
-        for (int m = 0; m < TS; m++) acc[r][m] = S::fma(lowest, S::set(x_sums[m]), acc[r][m]);
-      }
   }
   if (first + n < a->blocks) {
     for (int r = 0; r < NR; r++)
