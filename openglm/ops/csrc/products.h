@@ -251,7 +251,7 @@ void panel_tile(const Panel<S, NR> *p, const OgActivations *a, int64_t tile, int
         q += QUADS * NR * 4 * R;
       } else {
         for (int m = 0; m < TS; m++) {
-          c[0][m] = MIN ? S::izero() : S::shifted(minus + (G16 ? h : 2) * TS + m, 0);
+          c[0][m] = Raised<S>::start(MIN ? S::izero() : S::shifted(minus + (G16 ? h : 2) * TS + m, 0));
           for (int r = 1; r < NR; r++) c[r][m] = c[0][m];
         }
         for (int j = 0; j < QUADS; j++, q += NR * 4 * R) {
