@@ -183,7 +183,8 @@ void segment_of(const typename L::T *const *keys, const typename L::T *const *va
   for (int64_t b = 0; b < n; b += block)
     in_groups<at_once<S>()>(rows, [&](int64_t r, auto n_rows) {
       const int64_t end = seen(r + n_rows - 1) < b + block ? seen(r + n_rows - 1) : b + block;
-      if (end > b) weigh<S, L, n_rows>(scores + r * KEYS + b, values + b / 16, end - b, head_dim, sums.out + r * head_dim);
+      float *out = sums.out + r * head_dim;
+      if (end > b) weigh<S, L, n_rows>(scores + r * KEYS + b, values + b / 16, end - b, head_dim, out);
     });
 }
 
@@ -288,18 +289,20 @@ template <class S> void gather(const OgMatrix *w, int64_t row, float *out) {
   const int64_t blocks = round_up(w->columns, 32) / 32, groups = round_up(w->columns, w->group) / w->group;
   const int64_t lane = row % R, bytes = (w->kind == OG_INT4 ? 16 : w->kind == OG_INT6 ? 24 : 32) * R;
   const uint8_t *base = (const uint8_t *)w->data + row / R * blocks * bytes;
-  for (int64_t k = 0; k < w->columns; k++) {
-    const uint8_t *q = base + k / 32 * bytes;
-    int64_t quad = k % 32 / 4, byte = lane * 4 + k % 4, at = (row / R * groups + k / w->group) * R + lane;
-    int value;
-    if (w->kind == OG_INT8) value = (int8_t)q[quad * 4 * R + byte];
-    else {
-      value = q[quad / 2 * 4 * R + byte] >> (4 * (quad % 2)) & 15;
-      if (w->kind == OG_INT6) value |= (q[(4 + quad / 4) * 4 * R + byte] >> (2 * (quad % 4)) & 3) << 4;
-      if (!w->minimum) value -= w->kind == OG_INT4 ? 8 : 32;
+  for (int64_t quad = 0; quad * 4 < w->columns; quad++) { // four columns each
+    const uint8_t *q = base + quad / 8 * bytes + lane * 4;
+    const int64_t j = quad % 8, at = (row / R * groups + quad * 4 / w->group) * R + lane;
+    const float scale = half_to_float(w->scale[at]), lowest = w->minimum ? half_to_float(w->minimum[at]) : 0.0f;
+    for (int64_t i = 0; i < 4 && quad * 4 + i < w->columns; i++) {
+      int value;
+      if (w->kind == OG_INT8) value = (int8_t)q[j * 4 * R + i];
+      else {
+        value = q[j / 2 * 4 * R + i] >> (4 * (j % 2)) & 15;
+        if (w->kind == OG_INT6) value |= (q[(4 + j / 4) * 4 * R + i] >> (2 * (j % 4)) & 3) << 4;
+        if (!w->minimum) value -= w->kind == OG_INT4 ? 8 : 32;
+      }
+      out[quad * 4 + i] = w->minimum ? (float)value * scale + lowest : (float)value * scale;
     }
-    float scale = half_to_float(w->scale[at]);
-    out[k] = w->minimum ? (float)value * scale + half_to_float(w->minimum[at]) : (float)value * scale;
   }
 }
 

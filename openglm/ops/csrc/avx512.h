@@ -27,9 +27,7 @@ struct Avx512 {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F pow2(F a) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)), 23));
-  }
+  static F pow2(F a) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), a); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float top(F a) { return _mm512_reduce_max_ps(a); }
   static F f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }

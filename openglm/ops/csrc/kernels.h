@@ -16,7 +16,8 @@ namespace {
 
 template <class S> typename S::F exponential(typename S::F x) { // relative error below 2e-7, no infinities
   x = S::min(S::max(x, S::set(-87.3f)), S::set(88.0f));
-  typename S::F n = S::round(S::mul(x, S::set(1.44269504f)));
+  const typename S::F whole = S::set(12582912.0f); // 1.5 * 2^23: a small number added to it is rounded to a whole one
+  typename S::F n = S::sub(S::fma(x, S::set(1.44269504f), whole), whole);
   typename S::F r = S::fma(n, S::set(-0.693145752f), x);
   r = S::fma(n, S::set(-1.42860677e-6f), r);
   typename S::F y = S::set(1.0f / 720);
