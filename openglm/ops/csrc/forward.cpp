@@ -86,10 +86,22 @@ struct Pass {
     OgActivations q;
   };
 
-  // Tokens that this thread prepares: all of few ones, else its share.
+  // Tokens that this thread prepares: all of few ones, else its share. Of very many it multiplies its own share first,
+  // and all rows with it, though that unpacks weights once for each thread: what it needs is in its own cache.
   std::pair<int64_t, int64_t> share(int thread, int64_t n) const {
     if (n <= FEW) return {0, n};
-    return {n * thread / threads, n * (thread + 1) / threads};
+    if (parts(n) == 1) return {n * thread / threads, n * (thread + 1) / threads};
+    return part(thread, n);
+  }
+  int parts(int64_t n) const { return n >= 128 * threads ? threads : 1; }
+  std::pair<int64_t, int64_t> part(int i, int64_t n) const { // whole tiles
+    auto cut = [&](int64_t i) { return i == parts(n) ? n : n * i / parts(n) / k.tokens * k.tokens; };
+    return {cut(i), cut(i + 1)};
+  }
+  static Input from(const Input &in, int64_t columns, int64_t token) { // a whole number of tiles
+    const int64_t n = token * in.q.blocks;
+    return {in.x ? in.x + token * columns : nullptr,
+            {in.q.q + n * 32, in.q.scale + n, in.q.sums + n, in.q.minus + 3 * n, in.q.blocks}};
   }
 
   // Zeros for tokens that the last tile does not have: kernels multiply them, and what memory held before may be slow.
@@ -122,22 +134,28 @@ struct Pass {
   }
 
   // y = x W^T + bias, rows dealt out to the threads as they come; ends with a barrier.
-  void linear(const OgLinear &l, const Input &in, int64_t columns, int64_t n, const float *residual, float alpha,
-              float *out, int64_t out_stride) {
+  void linear(int thread, const OgLinear &l, const Input &in, int64_t columns, int64_t n, const float *residual,
+              float alpha, float *out, int64_t out_stride) {
     int64_t rows = 0;
     for (int i = 0; i < l.n_parts; i++) rows += l.parts[i].rows;
     const int64_t step = n > MANY ? 32 : (rows / (threads * 8) + 32) / 32 * 32; // whole panels of rows
-    int64_t next = take(1), before = 0, offset = 0;
-    for (int i = 0; i < l.n_parts; i++) {
-      const OgMatrix &part = l.parts[i];
-      int64_t chunks = (part.rows + step - 1) / step;
-      for (; next < before + chunks; next = take(1)) {
-        int64_t row = (next - before) * step, end = std::min(row + step, part.rows);
-        k.product(&part, &in.q, in.x, columns, n, row, end, l.bias ? l.bias + offset : nullptr,
-                  residual ? residual + offset : nullptr, D, alpha, out + offset + row, out_stride);
+    for (int p = 0; p < parts(n); p++) {
+      const int mine = (thread + p) % parts(n);
+      const auto [first, last] = part(mine, n);
+      const Input x = from(in, columns, first);
+      int64_t next = take(1, mine), before = 0, offset = 0;
+      for (int i = 0; i < l.n_parts; i++) {
+        const OgMatrix &m = l.parts[i];
+        int64_t chunks = (m.rows + step - 1) / step;
+        for (; next < before + chunks; next = take(1, mine)) {
+          int64_t row = (next - before) * step, end = std::min(row + step, m.rows);
+          k.product(&m, &x.q, x.x, columns, last - first, row, end, l.bias ? l.bias + offset : nullptr,
+                    residual ? residual + first * D + offset : nullptr, D, alpha,
+                    out + first * out_stride + offset + row, out_stride);
+        }
+        before += chunks;
+        offset += m.rows;
       }
-      before += chunks;
-      offset += part.rows;
     }
     barrier();
   }
@@ -195,9 +213,10 @@ struct Pass {
     const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G;
     const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
     if (b.n_chunks == b.n_tokens) return attend_singly(thread, layer, qkv, out);
+    const auto mine = share(thread, T);
     for (int64_t c = 0, token = 0; c < b.n_chunks; token += b.chunks[c++].n_tokens)
       for (int64_t i = 0; i < b.chunks[c].n_tokens; i++)
-        if ((token + i) % threads == thread) {
+        if (parts(T) == 1 ? (token + i) % threads == thread : token + i >= mine.first && token + i < mine.second) {
           rotate(token + i, qkv + (token + i) * qkv_dim, m.n_heads);
           for (int64_t g = 0; g < G; g++) enter(layer, b.chunks[c], i, token + i, g, qkv + (token + i) * qkv_dim);
         }
@@ -258,16 +277,21 @@ struct Pass {
     int64_t step = (F / (threads * 8) + 32) / 32 * 32;
     step = std::max<int64_t>(32, std::min(step, 65536 / T / 32 * 32));
     float *gate = w.mine[thread].gate.get<float>(2 * T * step), *up = n_up == 2 ? gate + T * step : nullptr;
-    for (int64_t at = take(1) * step; at < F; at = take(1) * step) {
-      int64_t n = std::min(step, F - at);
-      for (int64_t i = 0; i < n_up; i++)
-        k.product(&layer.up.parts[i], &in.q, in.x, D, T, at, at + n, layer.up.bias ? layer.up.bias + i * F : nullptr,
-                  nullptr, 0, 0.0f, i ? up : gate, step);
-      for (int64_t t = 0; t < T; t++) {
-        float *g = gate + t * step;
-        k.activate(m.mlp, g, up ? up + t * step : nullptr, n, g);
-        if (bytes) k.quantise(g, n, t, &result.q, at / 32);
-        if (floats) memcpy((float *)result.x + t * F + at, g, n * sizeof(float));
+    for (int p = 0; p < parts(T); p++) {
+      const int mine = (thread + p) % parts(T);
+      const auto [first, last] = part(mine, T);
+      const Input x = from(in, D, first);
+      for (int64_t at = take(1, mine) * step; at < F; at = take(1, mine) * step) {
+        int64_t n = std::min(step, F - at);
+        for (int64_t i = 0; i < n_up; i++)
+          k.product(&layer.up.parts[i], &x.q, x.x, D, last - first, at, at + n,
+                    layer.up.bias ? layer.up.bias + i * F : nullptr, nullptr, 0, 0.0f, i ? up : gate, step);
+        for (int64_t t = first; t < last; t++) {
+          float *g = gate + (t - first) * step;
+          k.activate(m.mlp, g, up ? up + (t - first) * step : nullptr, n, g);
+          if (bytes) k.quantise(g, n, t, &result.q, at / 32);
+          if (floats) memcpy((float *)result.x + t * F + at, g, n * sizeof(float));
+        }
       }
     }
     if (thread == 0 && bytes) fill_up(result.q, T);
@@ -279,11 +303,11 @@ struct Pass {
   void close(int thread, const OgLinear &map, const Input &in, int64_t columns, const float *x, const OgNorm &post) {
     float *h = w.h.get<float>(0);
     if (!post.weight) {
-      linear(map, in, columns, T, m.normed_residual ? x : h, m.normed_residual ? m.alpha : 1.0f, h, D);
+      linear(thread, map, in, columns, T, m.normed_residual ? x : h, m.normed_residual ? m.alpha : 1.0f, h, D);
       return;
     }
     float *y = w.y.get<float>(T * D), *row = w.mine[thread].x.get<float>(FEW * D);
-    linear(map, in, columns, T, nullptr, 0.0f, y, D);
+    linear(thread, map, in, columns, T, nullptr, 0.0f, y, D);
     for (int64_t t = T * thread / threads; t < T * (thread + 1) / threads; t++) {
       k.norm(y + t * D, &post, m.layer_norm, m.norm_eps, D, row);
       for (int64_t d = 0; d < D; d++) h[t * D + d] += row[d];
@@ -299,7 +323,7 @@ struct Pass {
       const OgLayer &layer = m.layers[i];
       Input in = prepare(thread, h, D, T, &layer.norm1, layer.qkv);
       const float *x = in.x; // a normed residual wants it again: `prepare` without a norm leaves its buffer alone
-      linear(layer.qkv, in, D, T, nullptr, 0.0f, qkv, qkv_dim);
+      linear(thread, layer.qkv, in, D, T, nullptr, 0.0f, qkv, qkv_dim);
       attend(thread, i, qkv, attended);
       close(thread, layer.out, prepare(thread, attended, H, T, nullptr, layer.out), H, x, layer.post_norm1);
       in = prepare(thread, h, D, T, &layer.norm2, layer.up);
@@ -317,7 +341,8 @@ struct Pass {
     if (thread == 0)
       for (int64_t i = 0; i < n; i++) memcpy(rows + i * D, h + b.outputs[i] * D, D * sizeof(float));
     barrier();
-    linear(m.head, prepare(thread, rows, D, n, &m.norm, m.head), D, n, nullptr, 0.0f, b.logits, m.vocab_size);
+    const Input in = prepare(thread, rows, D, n, &m.norm, m.head);
+    linear(thread, m.head, in, D, n, nullptr, 0.0f, b.logits, m.vocab_size);
   }
 };
 

@@ -38,7 +38,8 @@ struct Pool {
   std::atomic<uint64_t> job{0};      // counts calls of `parallel`
   std::atomic<int> running{0}, waiting{0};
   std::atomic<uint64_t> phase{0};    // counts barriers passed
-  std::atomic<int64_t> next[2] = {}; // items taken of this phase, and the next one's
+  struct alignas(64) Count { std::atomic<int64_t> taken[2] = {}; }; // of this phase, and the next one
+  std::vector<Count> items{1};       // of each thread
   std::atomic<bool> stop{false};
   const std::function<void(int)> *work = nullptr;
   int n = 1;
@@ -53,6 +54,7 @@ struct Pool {
     workers.clear();
     stop = false;
     n = wanted;
+    items = std::vector<Count>(n);
     uint64_t seen = job.load();
     for (int i = 1; i < n; i++) workers.emplace_back([this, i, seen] { serve(i, seen); });
   }
@@ -75,7 +77,7 @@ struct Pool {
     std::lock_guard<std::mutex> one_at_a_time(users);
     if (n == 1) {
       f(0);
-      next[0] = next[1] = 0;
+      reset(0), reset(1);
       return;
     }
     work = &f;
@@ -84,19 +86,23 @@ struct Pool {
     wake.notify_all();
     f(0);
     for (int i = 0; running.load(std::memory_order_acquire); i++) i < SPINS ? pause() : std::this_thread::yield();
-    next[0] = next[1] = 0;
+    reset(0), reset(1);
+  }
+
+  void reset(uint64_t of_phase) {
+    for (Count &count : items) count.taken[of_phase & 1].store(0, std::memory_order_relaxed);
   }
 
   void barrier() {
     uint64_t mine = phase.load(std::memory_order_acquire);
     if (n == 1) {
-      next[mine & 1] = 0;
+      reset(mine);
       phase = mine + 1;
       return;
     }
     if (waiting.fetch_add(1, std::memory_order_acq_rel) == n - 1) {
       waiting.store(0, std::memory_order_relaxed);
-      next[mine & 1].store(0, std::memory_order_relaxed); // whoever is in the next phase counts on the other
+      reset(mine); // whoever is in the next phase counts on the other
       phase.store(mine + 1, std::memory_order_release);
       return;
     }
@@ -135,9 +141,10 @@ void set_threads(int n) {
 }
 void parallel(const std::function<void(int)> &work) { of_process().run(work); }
 void barrier() { pool().barrier(); }
-int64_t take(int64_t step) {
+int64_t take(int64_t step, int of_thread) {
   Pool &p = pool();
-  return p.next[p.phase.load(std::memory_order_relaxed) & 1].fetch_add(step, std::memory_order_relaxed);
+  auto &taken = p.items[of_thread].taken[p.phase.load(std::memory_order_relaxed) & 1];
+  return taken.fetch_add(step, std::memory_order_relaxed);
 }
 
 } // namespace openglm

@@ -12,6 +12,8 @@ int n_threads();
 void set_threads(int n); // not while `parallel` runs
 void parallel(const std::function<void(int)> &work);
 void barrier();
-int64_t take(int64_t step);   // the next `step` items of the phase; every phase ends with a barrier, which resets it
+// The next `step` items of the phase; every phase ends with a barrier, which resets it. Each thread has items of its
+// own, so that all can begin with theirs and go on with those of others.
+int64_t take(int64_t step, int of_thread = 0);
 
 } // namespace openglm
