@@ -175,6 +175,7 @@ CONFIGS = {
     "chatglm-6b": GLMConfig(**SHAPE, n_kv_heads=4, norm="layer", residual="normed", residual_alpha=2.0, mlp="gelu",
                             linear_bias=True, rope=RopeConfig(axes=2), mask="prefix"),
 }  # fmt: skip
+WIDE = GLMConfig(**SHAPE | {"ffn_dim": 1600}, n_kv_heads=2)  # columns of several panels
 ODD = GLMConfig(vocab_size=71, dim=60, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=20, ffn_dim=100, max_seq_len=256)
 
 
@@ -222,9 +223,10 @@ def test_plain_layers_and_every_kind_of_cache(isa: str, kv_dtype: str, c: GLMCon
     assert (got - expected).abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("c", [CONFIGS["glm-4"], WIDE], ids=["narrow", "wide"])
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[4], FORMS[6]], ids=str)
-def test_logits_do_not_depend_on_company_bit_for_bit(isa: str, form: Form) -> None:
-    ours, _ = quantised_model(CONFIGS["glm-4"], form, mixed=True)
+def test_logits_do_not_depend_on_company_bit_for_bit(isa: str, form: Form, c: GLMConfig) -> None:
+    ours, _ = quantised_model(c, form, mixed=True)
     ids = torch.randint(0, 72, (90,), generator=torch.Generator().manual_seed(5)).tolist()
     whole = NativeRunner(ours, 16).run([chunk(ids, 0, 1, [0, 1, 2, 3, 4, 5], 90)])
     pieces, runner, first = [], NativeRunner(ours, 16), 0
@@ -245,7 +247,7 @@ def test_layers_alone_compute_what_unpacked_ones_do() -> None:
     assert torch.allclose(table(torch.tensor([[1, 2]])), weight.dequantise()[[1, 2]][None], atol=1e-7)
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_logits_do_not_depend_on_threads(isa: str, n_threads: int) -> None:
     before = native.describe()["threads"]
     ours, _ = quantised_model(CONFIGS["glm-4"], FORMS[0], mixed=True)
