@@ -76,6 +76,19 @@ def test_a_name_that_is_none_leaves_the_choice_open() -> None:
     assert outcome_of(Agent(model, tools(), GUIDED), "go").answer == "2"
 
 
+def test_a_tool_that_failed_twice_in_a_row_waits_a_round() -> None:
+    def fails(arguments: Any, context: Any) -> str:
+        raise ValueError("no such n")
+
+    bad, good = FakeTool("bad", fails, NUMBER), FakeTool("good", lambda a, _: a["n"], NUMBER)
+    wrong = (next_is("bad"), '{"n": 1}', next_is("bad"), '{"n": 2}')
+    model = Scripted(*wrong, next_is("good"), '{"n": 3}', next_is("answer"), "3")
+    assert outcome_of(Agent(model, [bad, good], GUIDED), "go").answer == "3"
+    offered = [json.loads(a[2]["grammar"].text)["properties"]["next"]["enum"] for a in model.asked[:7:2]]
+    both = ["bad", "good", "answer"]
+    assert offered == [both, both, ["good", "answer"], both]
+
+
 def test_the_last_round_answers() -> None:
     model = Scripted(next_is("double"), '{"n": 1}', "enough")
     outcome = outcome_of(Agent(model, tools(), AgentConfig(guided=True, n_rounds=2)), "go")

@@ -112,6 +112,13 @@ def test_pictures_come_with_words(box: Sandbox) -> None:
     assert len(many.images) == 4 and many.n_images_dropped == 2
 
 
+@pytest.mark.skipif(not list(Path("/usr/share/fonts").rglob("NotoSansCJK-Regular.ttc")), reason="needs fonts-noto-cjk")
+def test_pictures_have_chinese_words(box: Sandbox) -> None:
+    """Without a warning of a missing glyph, or of fonts that cannot be listed."""
+    drawn = box.run("import matplotlib.pyplot as plt; plt.title('中文 -1'); plt.plot([-1, 1]); plt.show()")
+    assert len(drawn.images) == 1 and not drawn.stderr and not drawn.error, drawn
+
+
 def test_files_go_in_and_out(box: Sandbox) -> None:
     box.put("in/table.csv", b"a,b\n1,2\n")
     assert box.run("import pandas as pd; int(pd.read_csv('in/table.csv').b[0])").result == "2"

@@ -258,7 +258,10 @@ class _Run:
             return None
         if number == self._config.n_rounds:
             return ANSWER
-        name = await self._asides.choice(self._messages, self._specs, self._calls.records)
+        last = self._calls.records[-2:]
+        stuck = {r.call.name for r in last} if len(last) == 2 and all(r.status != "done" for r in last) else set()
+        open_ = [spec for spec in self._specs if stuck != {spec.name}]  # a tool that failed twice in a row waits
+        name = await self._asides.choice(self._messages, open_, self._calls.records)
         self._guided = name is not None  # without grammars it goes on unguided
         return name
 
@@ -279,7 +282,7 @@ class _Run:
             drawn = await self._asides.call(told, specs[0])
         message = Message("assistant", "") if drawn else await self._written(number, told, specs)
         if name is not None and specs and not drawn and not message.tool_calls:
-            drawn = await self._asides.call([*told, message], specs[0])
+            drawn = await self._asides.call(told, specs[0])  # unswayed by words that may be an answer
         if drawn:
             message = dataclasses.replace(message, tool_calls=(dataclasses.replace(drawn, id=f"call_{number}_1"),))
         calls = [await self._checked(call, number) for call in message.tool_calls]

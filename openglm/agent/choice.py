@@ -51,6 +51,8 @@ LATER: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...]], ...] = (
      "1 results. Open one by its number.\n# 【1†Wexley School†wexley.example】\nA school with 300 pupils.", OPENERS),
     ("Who is the head teacher of Wexley School?", OPENERS, '{"page": "1"}',
      "【1†Wexley School】\nL3: The head teacher is Ruth Adams.", ()),
+    ("How many years before 2024 was the Marrow Tunnel opened?", OPENERS, '{"page": "1"}',
+     "【1†Marrow Tunnel】\nL2: The tunnel was opened on 3 May 1956.", ("python",)),
     ("云岭动物园的门票多少钱？", OPENERS, '{"page": "2"}', "【2†云岭动物园】\nL5: 成人票60元，儿童票30元。", ()),
 )  # fmt: skip
 
@@ -96,6 +98,8 @@ def _examples(tools: Sequence[ToolSpec]) -> list[tuple[str, str]]:
 
     own = [t for t in tools if not t.builtin and t.name not in (*BROWSING, "python")][:N_EXAMPLES]
     functions = [(f"{_first_sentence(t.description).rstrip('.。')}.", t.name) for t in own if t.description]
+    if functions and "python" in names:
+        functions.append((f"{functions[-1][0]} Then calculate with it in Python.", functions[-1][1]))
     common = [(request, there(right)) for request, right in COMMON if not right or there(right)]
     out: list[tuple[str, str]] = []
     while functions or common:  # in turns, the common ones last

@@ -147,7 +147,7 @@ def _namespaces(config: SandboxConfig) -> list[str]:
             options += ["--symlink", os.readlink(name), name]
         elif os.path.isdir(name):
             options += ["--ro-bind", name, name]
-    for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
+    for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts"):
         options += ["--ro-bind-try", name, name]
     prefixes = sorted({os.path.realpath(sys.base_prefix), sys.base_prefix, sys.prefix})
     if not any(Path(prefix).is_relative_to("/tmp") for prefix in prefixes):

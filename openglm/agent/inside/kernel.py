@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import zmq
@@ -30,6 +32,14 @@ FIGURE = "application/x-figure-description"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 PIECE = 32_768  # characters of output in one frame
 MAX_TEXT = 200_000  # characters of one result or traceback
+# Fonts with Chinese characters, where Linux systems keep them, and their names; of Noto's file matplotlib before 3.11
+# reads the first face alone.
+FONTS = (
+    ("opentype/noto/NotoSansCJK-Regular.ttc", "Noto Sans CJK {}"),
+    ("noto-cjk/NotoSansCJK-Regular.ttc", "Noto Sans CJK {}"),
+    ("google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc", "Noto Sans CJK {}"),
+    ("truetype/wqy/wqy-zenhei.ttc", "WenQuanYi Zen Hei"), ("truetype/wqy/wqy-microhei.ttc", "WenQuanYi Micro Hei"),
+)  # fmt: skip
 
 
 class FigureFormatter(BaseFormatter):
@@ -262,6 +272,17 @@ def stop_cell() -> None:
     raise SystemExit
 
 
+def write_plot_settings() -> None:
+    """Plots write Chinese where a font for it is there: matplotlib looks for each character in one after the other."""
+    found = [name for path, name in FONTS if os.path.exists(f"/usr/share/fonts/{path}")]
+    if not found or "MPLCONFIGDIR" not in os.environ or find_spec("matplotlib") is None:
+        return
+    face = "SC" if tuple(map(int, version("matplotlib").split(".")[:2])) >= (3, 11) else "JP"
+    os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
+    with open(os.path.join(os.environ["MPLCONFIGDIR"], "matplotlibrc"), "w") as file:
+        file.write(f"font.family: DejaVu Sans, {found[0].format(face)}\n")
+
+
 def make_app(config: dict[str, Any]) -> Any:
     """The kernel, listening on sockets in a folder of its own."""
     runtime = config["runtime"]
@@ -290,6 +311,7 @@ def main(config: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
+    write_plot_settings()
     app = make_app(config)
     for stream in (sys.stdout, sys.stderr):  # errors of the start were told there; nobody reads on
         os.dup2(nothing, getattr(stream, "_original_stdstream_copy", nothing))
