@@ -313,6 +313,30 @@ def test_a_pool_stops_what_is_idle() -> None:
 
 
 @needs_sandbox
+def test_a_call_while_the_idle_kernel_is_being_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the end of the old one; the keeper, which stops it, does not wait for the call."""
+    with SandboxPool(SandboxConfig(isolation="bubblewrap", idle_s=0.5)) as pool:
+        box = pool.get("a")
+        kill, stopping, wanted = box.isolation.kill, threading.Event(), threading.Event()
+
+        def slow_kill(process: subprocess.Popen[bytes]) -> None:
+            stopping.set()
+            wanted.wait(30)
+            time.sleep(0.2)  # the call is at its lock by now
+            kill(process)
+
+        monkeypatch.setattr(box.isolation, "kill", slow_kill)
+        assert stopping.wait(30)
+        monkeypatch.setattr(box.isolation, "kill", kill)
+        found: list[str] = []
+        call = threading.Thread(target=lambda: found.append(pool.get("a").run("1 + 1").result), daemon=True)
+        call.start()
+        wanted.set()
+        call.join(60)
+        assert found == ["2"]
+
+
+@needs_sandbox
 def test_the_tool() -> None:
     async def converse() -> None:
         tool = PythonTool(CONFIG)

@@ -119,6 +119,16 @@ class Sandbox:
             kernel.ended_because = because
             self._end(kernel)
 
+    def stop_idle(self, idle_s: float, because: str) -> None:
+        """End the kernel if no call has used it for so long. Never waits for a call: the keeper may ask."""
+        if not self._busy.acquire(blocking=False):
+            return
+        try:
+            if self.is_live and time.monotonic() - self.last_used > idle_s:
+                self.stop(because)
+        finally:
+            self._busy.release()
+
     def restart(self) -> None:
         """A new kernel, without what the old one knew; the files are kept."""
         self.stop("it was restarted")

@@ -74,8 +74,7 @@ class SandboxPool:
             return
         self._last_look = time.monotonic()
         for sandbox in list(self._sandboxes.values()):
-            if sandbox.is_live and not sandbox.is_busy and self._last_look - sandbox.last_used > self.config.idle_s:
-                sandbox.stop(f"it was stopped after {self.config.idle_s:g} s without use")
+            sandbox.stop_idle(self.config.idle_s, f"it was stopped after {self.config.idle_s:g} s without use")
 
     def end(self, conversation: str) -> None:
         """Let go of a conversation. A call of it that still runs ends with its kernel."""
