@@ -44,6 +44,12 @@ def test_choice_call_answer() -> None:
     assert not answer[1] and "do not speak of tools" in answer[0][0].content
 
 
+def test_an_answer_that_is_a_call_is_made() -> None:
+    model = Scripted(next_is("answer"), '{"name": "double", "arguments": {"n": 4}}', next_is("answer"), "8")
+    outcome = outcome_of(Agent(model, tools(), GUIDED), "go")
+    assert outcome.answer == "8" and [r.call.name for r in outcome.calls] == ["double"]
+
+
 def test_an_answer_at_once_has_no_tools() -> None:
     model = Scripted(next_is("answer"), "Paris.")
     assert outcome_of(Agent(model, tools(), GUIDED), "What is the capital of France?").answer == "Paris."

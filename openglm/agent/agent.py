@@ -305,7 +305,8 @@ class _Run:
         question = next((m.content for m in reversed(messages) if m.role == "user"), "")
         has_python = "python" in self._bodies and any(spec.name == "python" for spec in specs)
         runs_code = has_python and not asks_for_code(question)
-        turn = self._turn = Turn(number, specs, self._emit, runs_code=runs_code)
+        # An answer that turns out to be a call of a tool is one, also where none was offered.
+        turn = self._turn = Turn(number, specs or self._specs, self._emit, runs_code=runs_code)
         async with aclosing(self._stream(messages, specs)) as events:
             async for event in events:
                 turn.feed(event)
