@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def run(backend: Any, folder: Path, tasks: Sequence[AllToolsTask], **config: Any
             finally:
                 await suite.close()
 
-    return asyncio.run(work())
+    with ThreadPoolExecutor(1) as own:  # a browser may hold an event loop of this thread
+        return own.submit(asyncio.run, work()).result()
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ from openglm.server.worker import Job
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
-    "ChatShape", "chat_task", "client_name", "logprobs_of", "plain_completions", "sampling_of", "stops_of",
-    "stream_error", "timings_of", "to_messages", "usage_of",
+    "ChatShape", "chat_task", "client_name", "logprobs_of", "plain_choice", "plain_completions", "sampling_of",
+    "stops_of", "stream_error", "timings_of", "to_messages", "usage_of",
 ]  # fmt: skip
 
 
@@ -123,15 +123,19 @@ def _tool(tool: Tool, where: str) -> ToolSpec:
 
 def _choice(asked: ChatRequest, names: Sequence[str]) -> str:
     choice = asked.tool_choice
-    if choice is None or choice in ("none", "auto"):
-        return "auto" if choice is None else str(choice)
-    if not names:
-        raise ApiError("tool_choice asks for a call, but there are no tools", "tool_choice")
-    if isinstance(choice, str):
-        return choice
+    if choice is None or isinstance(choice, str):
+        return plain_choice(choice, names)
+    plain_choice("required", names)
     if choice.function.name not in names:
         raise ApiError(f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice")
     return f"name:{choice.function.name}"
+
+
+def plain_choice(choice: str | None, names: Sequence[str]) -> str:
+    """auto, none or required, as asked for. ApiError where a call is required and there are no tools."""
+    if choice not in (None, "none", "auto") and not names:
+        raise ApiError("tool_choice asks for a call, but there are no tools", "tool_choice")
+    return choice or "auto"
 
 
 def _response(asked: ChatRequest) -> Grammar | None:

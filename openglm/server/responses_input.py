@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from openglm.server.chat_api import plain_choice
 from openglm.server.errors import ApiError
 from openglm.server.protocol import Count, Model, Name
 from openglm.server.service import ChatTask
@@ -203,12 +204,9 @@ def renamed(error: ApiError) -> ApiError:
 
 def _choice(asked: ResponsesRequest, names: Sequence[str]) -> str:
     choice = asked.tool_choice
-    if choice is None or choice in ("none", "auto"):
-        return "auto" if choice is None else str(choice)
-    if not names:
-        raise ApiError("tool_choice asks for a call, but there are no tools", "tool_choice")
-    if isinstance(choice, str):
-        return choice
+    if choice is None or isinstance(choice, str):
+        return plain_choice(choice, names)
+    plain_choice("required", names)
     if choice.name not in names:
         raise ApiError(f"tool_choice.name: {choice.name!r} is not among the tools", "tool_choice.name")
     return f"name:{choice.name}"

@@ -10,13 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from openglm.eval.all_tools.metrics import Row, rows, summary
-from openglm.eval.all_tools.runner import Result
+from openglm.eval.all_tools.runner import Result, write_whole
 from openglm.eval.all_tools.suite import GROUPS, AllToolsTask
 from openglm.eval.all_tools.transcript import transcript
 from openglm.plot import STYLE
@@ -75,14 +74,7 @@ def write_report(
     path: str | Path, model: str, tasks: Sequence[AllToolsTask], results: Sequence[Result], traces: str | Path
 ) -> None:
     """Write the page; an existing one is replaced when the new one is complete. traces: the folder of trace files."""
-    path = Path(path)
-    page = _page(model, tasks, results, Path(traces))
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(Path(path), _page(model, tasks, results, Path(traces)))
 
 
 def _page(model: str, tasks: Sequence[AllToolsTask], results: Sequence[Result], traces: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from openglm.eval.all_tools.metrics import summary
 from openglm.eval.all_tools.report import write_report
-from openglm.eval.all_tools.runner import MODES, Result, RunConfig, run_suite
+from openglm.eval.all_tools.runner import MODES, Result, RunConfig, run_suite, write_whole
 from openglm.eval.all_tools.suite import load_suite
 from openglm.eval.all_tools.toolset import SuiteTools, cited_pages, why_not
 from openglm.types import ChatBackend
@@ -55,6 +55,6 @@ def evaluate(
 
         results = asyncio.run(work())
     metrics = summary(tasks, results)
-    (folder / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_whole(folder / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
     write_report(folder / "report.html", name, tasks, results, folder / "traces")
     return metrics

@@ -24,7 +24,7 @@ from openglm.eval.all_tools.check import judge
 from openglm.eval.all_tools.suite import AllToolsTask, family, suite_version
 from openglm.types import ChatBackend, Tool
 
-__all__ = ["MODES", "Mode", "Result", "RunConfig", "read_results", "run_suite"]
+__all__ = ["MODES", "Mode", "Result", "RunConfig", "read_results", "run_suite", "write_whole"]
 
 Mode = Literal["with", "without"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -173,7 +173,7 @@ def _open(folder: Path, config: RunConfig, model: str) -> dict[tuple[str, str], 
     else:
         if any(folder.iterdir()):
             raise ValueError(f"{folder} holds other files: give an empty or a new folder with --out")
-        _write(path, json.dumps(about, ensure_ascii=False, indent=1))
+        write_whole(path, json.dumps(about, ensure_ascii=False, indent=1))
     return {(r.id, r.mode): r for r in read_results(folder)}
 
 
@@ -197,7 +197,8 @@ def _append(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or as it was before."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
