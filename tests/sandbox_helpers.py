@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,3 +101,11 @@ def processes_that_say(marker: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def gone(marker: str, seconds: float = 20) -> bool:
+    """Whether the marker's processes end by themselves: a kill is done when the kernel has come round to it."""
+    deadline = time.monotonic() + seconds
+    while processes_that_say(marker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not processes_that_say(marker)

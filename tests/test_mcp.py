@@ -151,6 +151,9 @@ def test_a_server_that_ends_is_started_anew_and_closing_ends_it(monkeypatch: pyt
     third = json.loads(call(named["small_process_about"]).content)["pid"]
     assert third not in (again, about["pid"]), "ended between two calls: the second is made all the same"
     close(named)
+    deadline = time.monotonic() + 20
+    while alive(third) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not alive(third)
     with pytest.raises(ValueError, match="is closed"):
         asyncio.run(named["add"].connection.call(lambda client: client.list_tools()))  # type: ignore[attr-defined]
