@@ -40,8 +40,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from openglm import __version__
 from openglm.cli_agent_options import wants_agent
-from openglm.cli_options import Parser, load_model
-from openglm.cli_serve import serve_config, serve_options, served_name
+from openglm.cli_options import Parser, load_model, model_name
+from openglm.cli_serve import serve_config, serve_options
 from openglm.server.affinity import affinity
 from openglm.server.app import POSTS, create_app
 from openglm.server.config import ServeConfig
@@ -68,7 +68,7 @@ class Replica:
         failures: list[Exception] = []
         self._name = serve.get_replica_context().replica_id.unique_id
         self._service = Service(
-            lambda: load_engine(load_model(o), config), config, served_name(o.model), failures.append
+            lambda: load_engine(load_model(o), config), config, model_name(o.model), failures.append
         )  # fmt: skip
         self._failures = failures
         self._app = create_app(self._service)
@@ -280,7 +280,7 @@ def application(o: argparse.Namespace) -> serve.Application:
         Front, name="Front", max_ongoing_requests=1 << 14, graceful_shutdown_timeout_s=grace_s,
         ray_actor_options={"num_cpus": 0},
     )  # fmt: skip
-    return front.bind(replica.bind(o, inner), config, config.name or served_name(o.model))
+    return front.bind(replica.bind(o, inner), config, config.name or model_name(o.model))
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:

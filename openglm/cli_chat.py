@@ -26,6 +26,7 @@ from openglm.cli_options import (
     answer_options,
     clean,
     load_model,
+    model_name,
     model_option,
     place_options,
     sampling_options,
@@ -54,7 +55,7 @@ def chat_partner(o: argparse.Namespace) -> tuple[ChatBackend, str, int | None]:
                 raise ValueError(f"{option} goes with --url; a model here is named without an option")
         model = load_model(o)
         model.require_format()
-        name = model.meta.description.get("name") or o.model or "glm-nano"
+        name = model.meta.description.get("name") or model_name(o.model)
         return model, str(name), model.engine.config.max_seq_len
     local = {"MODEL": o.model, "--adapter": o.adapter, "--dtype": o.dtype, "--threads": o.threads,
              "--device": None if o.device == "auto" else o.device}  # fmt: skip
@@ -126,7 +127,9 @@ class Chat:
         self.input: Input = make_input(self.terminal, list(COMMANDS), self.status)
 
     def run(self) -> int:
-        """Read messages and answer until /quit or the end of input; the exit code."""
+        """Read messages and answer until /quit or the end of input; the exit code: on a pipe, 2 where the last message
+        has no answer.
+        """
         if self.terminal:
             print(f"{self.name}. Type a message; /help lists commands, Ctrl-D leaves.")
         text = ""
@@ -135,18 +138,21 @@ class Chat:
                 line, text = self.input.read("you> ", text), ""
                 if line.startswith("/"):
                     if (result := run_command(self, line)) is False:
-                        return 0
+                        return self._exit_code()
                     text = result if isinstance(result, str) else ""
                 elif line:
                     self.ask(self.conversation.question(clean(line)))
             except EOFError:
                 if self.terminal:
                     print()
-                return 0
+                return self._exit_code()
             except KeyboardInterrupt:
                 text = ""
                 print(file=sys.stderr)
                 notice("/quit or Ctrl-D leaves")
+
+    def _exit_code(self) -> int:
+        return 2 if self.conversation.unanswered is not None and not self.terminal else 0
 
     def status(self) -> str:
         """The line below the prompt."""

@@ -46,12 +46,15 @@ class Conversation:
 
     def question(self, text: str) -> Message:
         """A message with the files attached to it in front."""
-        files = "".join(f"{name}:\n{_fence(content)}\n\n" for name, content in self.attached)
-        return Message("user", files + text)
+        return Message("user", self.files() + text)
+
+    def files(self) -> str:
+        return "".join(f"{name}:\n{_fence(content)}\n\n" for name, content in self.attached)
 
     def answered(self, turn: list[Message]) -> None:
         self.messages += turn
-        self.attached.clear()
+        if turn[0].content.startswith(self.files()):  # else they are still to go: an earlier question was asked again
+            self.attached.clear()
         self.unanswered = None
 
     def last_question(self) -> int | None:
@@ -155,7 +158,7 @@ def _help(chat: Session, argument: str) -> None:
     for name, (takes, about, _) in COMMANDS.items():
         print(f"{f'{name} {takes}'.strip():<{width}}{about}")
     print(f"{'Ctrl-C':<{width}}stop the answer")
-    print(f"{chr(34) * 3:<{width}}opens and closes a message of several lines; Esc Enter begins a new line, too")
+    print(f"{chr(34) * 3:<{width}}opens and closes a message of several lines; or Esc Enter")
 
 
 def _clear(chat: Session, argument: str) -> None:
@@ -191,7 +194,7 @@ def _edit(chat: Session, argument: str) -> str | None:
         raise ValueError("/edit needs the new text here")
     if conversation.unanswered is not None:
         text, conversation.unanswered = conversation.unanswered.content, None
-        return text
+        return text.removeprefix(conversation.files())
     start = conversation.last_question()
     if start is None:
         raise ValueError("there is no question yet")
@@ -210,7 +213,7 @@ def _ask_again(chat: Session, text: str | None) -> None:
             raise ValueError("there is no question yet")
         question = conversation.messages[start]
         del conversation.messages[start:]
-    if not chat.ask(question if text is None else Message("user", text)):
+    if not chat.ask(question if text is None else conversation.question(text)):
         conversation.messages = before
 
 
@@ -309,10 +312,10 @@ COMMANDS: Mapping[str, tuple[str, str, Function]] = {  # what it takes, what it 
     "/clear": ("", "forget the conversation (the system message stays)", _clear),
     "/undo": ("", "forget the last question and its answer", _undo),
     "/retry": ("", "ask the last question again", _retry),
-    "/edit": ("TEXT", "ask TEXT in place of the last question; without TEXT, change the question", _edit),
+    "/edit": ("TEXT", "ask TEXT in place of the last question; alone, edit that", _edit),
     "/file": ("PATH", "attach a text file to the next message", _file),
     "/tools": ("FILE", "functions the model may call, from a JSON file; list them", _tools),
-    "/set": ("NAME VALUE", "such as /set temperature 0.7; VALUE default takes it back; list them", _set),
+    "/set": ("NAME VALUE", "as in /set temperature 0.7; default takes it back; list them", _set),
     "/stats": ("", "speed and tokens of the last answer", _stats),
     "/save": ("FILE", "write the conversation as JSON", _save),
     "/load": ("FILE", "go on with a saved conversation", _load),

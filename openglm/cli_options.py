@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from openglm.chat import ChatModel
 
 __all__ = [
-    "Parser", "answer_limits", "answer_options", "clean", "common_options", "load_model", "model_option", "parse_ids",
-    "place_options", "print_json", "read_text", "sampling", "sampling_options",
+    "Parser", "answer_limits", "answer_options", "clean", "common_options", "load_model", "model_name", "model_option",
+    "parse_ids", "place_options", "print_json", "read_text", "sampling", "sampling_options",
 ]  # fmt: skip
 
 
@@ -103,6 +103,14 @@ def _grammar(o: argparse.Namespace) -> Grammar:
         return Grammar("regex", clean(o.regex))
     inline = o.json_schema.lstrip().startswith("{")
     return Grammar("json_schema", clean(o.json_schema) if inline else read_text(o.json_schema))
+
+
+def model_name(reference: str | None) -> str:
+    """What a model is called: random:glm-edge-1.5b?n_layers=2 -> glm-edge-1.5b, path/model.gguf -> model."""
+    if reference is None:
+        return "glm-nano"
+    last = Path(reference.removeprefix("random:").partition("?")[0]).resolve()
+    return last.stem if last.suffix == ".gguf" else last.name
 
 
 def load_model(o: argparse.Namespace, dtype: str | None = None) -> ChatModel:

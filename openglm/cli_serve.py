@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from openglm.cli_agent_options import agent_config, agent_options, wants_agent
-from openglm.cli_options import Parser, common_options, load_model, model_option, place_options
+from openglm.cli_options import Parser, common_options, load_model, model_name, model_option, place_options
 from openglm.cli_tools import toolbox_config
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bench_serve_options", "bench_serve_print", "bench_serve_value", "serve", "serve_config", "serve_options",
-    "served_name",
 ]  # fmt: skip
 
 KEYS_VARIABLE = "OPENGLM_API_KEY"
@@ -76,7 +75,7 @@ def serve(o: argparse.Namespace) -> int:
             from openglm.agent.images_open import open_images
 
             images = open_images(o.image_model, o.device)
-        return run(lambda: load_model(o), serve_config(o), served_name(o.model), listener, images)
+        return run(lambda: load_model(o), serve_config(o), model_name(o.model), listener, images)
 
 
 def serve_config(o: argparse.Namespace) -> ServeConfig:
@@ -84,6 +83,8 @@ def serve_config(o: argparse.Namespace) -> ServeConfig:
     from openglm.engine.options import EngineOptions
     from openglm.server.config import ServeConfig
 
+    if o.max_body_mb < 1:
+        raise ValueError(f"--max-body-mb must be at least 1, not {o.max_body_mb}")
     keys = [*o.api_key, *os.environ.get(KEYS_VARIABLE, "").split()]
     if o.api_key_file:
         keys += Path(o.api_key_file).read_text(encoding="utf-8").split()
@@ -102,14 +103,6 @@ def _agent_settings(o: argparse.Namespace) -> dict[str, Any]:
         return {}
     trace_dir = None if o.trace in (None, "none") else Path(o.trace)
     return {"toolbox": toolbox_config(o, o.all_tools), "agent": agent_config(o), "trace_dir": trace_dir}
-
-
-def served_name(reference: str | None) -> str:
-    """random:glm-edge-1.5b?n_layers=2 -> glm-edge-1.5b, path/model.gguf -> model."""
-    if reference is None:
-        return "glm-nano"
-    last = Path(reference.removeprefix("random:").partition("?")[0]).resolve()
-    return last.stem if last.suffix == ".gguf" else last.name
 
 
 # -------------------------------------------------------------------- bench serve

@@ -54,6 +54,7 @@ class Page:
     seen: list[str] = field(default_factory=list)  # "GET /path" of every request
     stopped: int = 0  # streams that the client left
     key: str | None = None
+    late_s: float = 0.0  # from the last word to the figures
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # path -> (mime, content)
     uploads: list[bytes] = field(default_factory=list)  # bodies of the forms
@@ -279,6 +280,7 @@ class Handler(BaseHTTPRequestHandler):
                 n += 1
                 send({"model": MODEL["id"], "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
         send({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        time.sleep(self.page.late_s)
         usage = {"prompt_tokens": 20, "completion_tokens": n, "total_tokens": 20 + n}
         timings = {"prefill_s": 0.05, "decode_tok_s": 38.4, "context_used": 20 + n}
         send({"choices": [], "usage": usage, "timings": timings})

@@ -86,6 +86,25 @@ def test_mistakes_end_nothing(tmp_path: Path) -> None:
     assert asked(server.requests) == [["u:fail"], ["u:fail"], ["u:fine"]], "a question without answer is not kept"
 
 
+def test_files_that_wait_go_with_the_next_question_whichever_command_asks_it(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("grey\n")
+    with scripted_server(echo) as server:
+        done = talk(server.url, "one", f"/file {notes}", "/retry", "/edit two", "three")
+    attached = "notes.txt:\n```\ngrey\n```\n\n"
+    assert asked(server.requests) == [
+        ["u:one"], ["u:one"], [f"u:{attached}two"], [f"u:{attached}two", "a:answer 1", "u:three"]
+    ]  # fmt: skip
+    assert done.returncode == 0
+
+
+def test_a_pipe_is_told_that_its_last_message_has_no_answer() -> None:
+    with scripted_server(echo) as server:
+        assert talk(server.url, "fine", "fail").returncode == 2
+        assert talk(server.url, "fail", "/quit").returncode == 2
+        assert talk(server.url, "fail", "fine").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -151,6 +151,31 @@ def test_files_go_to_the_server_where_tools_are_on(desk: Desk) -> None:
     assert "inline" in desk.asked()[-1]["messages"][-1]["content"] and len(desk.mock.uploads) == 1
 
 
+def test_files_that_wait_follow_the_switch(desk: Desk) -> None:
+    """Attached with the tools on and sent with them off, or the other way, a file is where the model can read it."""
+    page = desk.page
+    assert desk.mock is not None
+    desk.mock.uploads.clear()
+    page.set_input_files("#files", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"told in text"})
+    page.wait_for_selector("#attachments .chip")
+    page.click("#all-tools")
+    desk.until("document.querySelectorAll('#attachments .chip:not([aria-busy])').length === 1")
+    desk.until("document.querySelectorAll('#attachments .chip').length === 1")
+    desk.ask("echo one")
+    assert desk.asked()[-1]["files"] == ["file-up1"] and desk.asked()[-1]["messages"][-1]["content"] == "echo one"
+    page.set_input_files("#files", {"name": "b.txt", "mimeType": "text/plain", "buffer": b"told in text"})
+    page.wait_for_selector("#attachments .chip:not([aria-busy])")
+    page.click("#all-tools")
+    page.wait_for_selector("#attachments .chip:not([aria-busy])")
+    desk.ask("echo two")
+    sent = desk.asked()[-1]
+    assert "files" not in sent and sent["messages"][-1]["content"] == "b.txt\n```\ntold in text\n```\n\necho two"
+    page.locator(".user .edit").first.click()
+    page.press(".editor textarea", "Enter")  # without the tools the model learns at least that there was a file
+    desk.finished(0)
+    assert desk.asked()[-1]["messages"][-1]["content"] == "[files in the working folder: a.txt]\n\necho one"
+
+
 def test_nothing_that_tools_say_can_run(desk: Desk) -> None:
     """Names, arguments, output, contents, files, titles and addresses of sources: as text, never as more."""
     assert desk.mock is not None

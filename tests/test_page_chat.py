@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+
+from PIL import Image
 
 from tests.page_helpers import Desk
 
@@ -71,6 +74,28 @@ def test_no_more_than_one_drawing_per_frame_and_settled_blocks_stay(desk: Desk) 
     assert 0 < drawings <= frames + 8  # a few more: the message itself, its buttons, its end
     assert page.evaluate("window.first === document.querySelector('.prose .block')")
     assert page.inner_text(".prose h1") == "Title"
+
+
+def test_figures_that_come_behind_the_last_word_are_shown(desk: Desk) -> None:
+    assert desk.mock is not None
+    desk.mock.late_s = 0.4  # long enough for the ended answer to be drawn
+    desk.ask("echo one")
+    assert desk.page.inner_text(".assistant .stats").startswith("38 tok/s · ")
+
+
+def test_the_way_to_the_end_is_offered_only_where_there_is_one(desk: Desk) -> None:
+    assert desk.mock is not None
+    desk.mock.answers["long"] = "line\n\n" * 60
+    page = desk.page
+    desk.ask("short")
+    page.locator(".assistant .again").click()
+    page.wait_for_selector(".place")
+    desk.finished(0)
+    desk.ask("long")
+    page.evaluate("document.getElementById('scroller').scrollTop = 0")
+    page.wait_for_selector("#to-end:visible")
+    page.locator(".turn-left").click()  # the version that nothing follows
+    page.wait_for_selector("#to-end", state="hidden")
 
 
 def test_reload_keeps_the_conversation_and_what_had_come_of_an_answer(desk: Desk) -> None:
@@ -202,6 +227,19 @@ def shape(conversation: dict[str, object]) -> list[object]:
     assert isinstance(messages, list)
     kept, in_parts = ("role", "content", "files", "finish"), ("type", "text", "name", "content")
     return [[m.get(k) for k in kept] + [{k: p.get(k) for k in in_parts} for p in m.get("parts", [])] for m in messages]
+
+
+def test_notices_stand_in_front_of_the_drawer(desks: DeskMaker, tmp_path: Path) -> None:
+    """On a phone it covers all of the page."""
+    page = desks(viewport={"width": 380, "height": 700}, color_scheme="light").page
+    file = tmp_path / "import.json"
+    file.write_text("{not json", encoding="utf-8")
+    page.click("#open-settings")
+    page.set_input_files("#import-file", file)
+    notice = page.locator(".toast")
+    notice.wait_for()
+    picture = Image.open(io.BytesIO(notice.screenshot())).convert("RGB")
+    assert picture.getpixel((8, picture.height // 2)) == (0x22, 0x27, 0x1F), "the notice's own ground"
 
 
 GOOD = {"id": "a", "parent": None, "role": "user", "content": "x"}

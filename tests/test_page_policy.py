@@ -103,7 +103,7 @@ def test_every_text_is_there_in_both_languages_and_is_used() -> None:
     others = "\n".join(text for name, text in texts(OWN).items() if name != "js/i18n.js")
     named = set(re.findall(r"[\"'`](\w+)[\"'`]", others))
     built = {f"theme_{v}" for v in ("auto", "light", "dark")}
-    built |= {f"example{n}{part}" for n in range(1, 5) for part in ("Title", "Text")}
+    built |= {f"example{n}{part}" for n in range(1, 6) for part in ("Title", "Text")}
     assert set(english) <= named | built, f"not used: {sorted(set(english) - named - built)}"
     asked = set(re.findall(r"\bt\(\"(\w+)\"", others)) | set(re.findall(r"data-i18n(?:-\w+)?=\"(\w+)\"", others))
     assert asked <= set(english), f"not there: {sorted(asked - set(english))}"

@@ -27,7 +27,7 @@ def url() -> Iterator[str]:
 
 
 def test_every_endpoint_and_field_is_shown(browser: Browser, url: str) -> None:
-    described = httpx.get(url + "/openapi.json").json()
+    described = httpx.get(url + "/openapi.json", timeout=60).json()
     trouble: list[str] = []
     context = browser.new_context()
     page = context.new_page()
@@ -57,7 +57,7 @@ def test_every_endpoint_and_field_is_shown(browser: Browser, url: str) -> None:
 
 
 def test_it_is_small_and_loads_nothing_from_outside(url: str) -> None:
-    page = httpx.get(url + "/docs/")
+    page = httpx.get(url + "/docs/", timeout=60)
     policy = page.headers["content-security-policy"]
     assert page.status_code == 200 and "unsafe" not in policy and "default-src 'self'" in policy
     files = sorted(p.name for p in REFERENCE.iterdir())

@@ -15,7 +15,8 @@ DeskMaker = Callable[..., Desk]
 FILLINGS = [
     {"text": "", "blanks": ["key", "letter"], "probability": 0.5},
     {"text": "", "blanks": ["box", "bird"], "probability": 0.125},
-    {"text": "", "blanks": ["door", "cat"], "probability": 0.0004},
+    {"text": "", "blanks": ["door", "cat"], "probability": 0.00034},
+    {"text": "", "blanks": ["a", "b"], "probability": 0.000004},
 ]
 
 
@@ -80,16 +81,16 @@ def test_blanks_are_filled_and_one_filling_is_taken(desk: Desk) -> None:
     assert page.locator("#fillings .text").all_inner_texts()[:2] == [
         "She has the key and a letter.", "She has the box and a bird."
     ]  # fmt: skip
-    assert page.locator("#fillings .figure").all_inner_texts() == ["50 %", "13 %", "< 0.1 %"]
+    assert page.locator("#fillings .figure").all_inner_texts() == ["50 %", "13 %", "0.03 %", "< 0.001 %"]
     widths = page.evaluate("Array.from(document.querySelectorAll('#fillings .bar span'), (bar) => bar.style.width)")
-    assert widths == ["100%", "25%", "1%"]
+    assert widths == ["100%", "25%", "1%", "1%"]
     page.locator("#fillings button").nth(1).click()
     assert page.input_value("#fill-input") == "She has the box and a bird."
     assert "Put in a blank first" in page.inner_text("#fill-note")
     page.locator(".toast button").click()
     assert page.input_value("#fill-input") == "She has the ____ and a ____."
     page.click("#language")
-    assert page.inner_text("#fill h2") == "填空" and page.locator("#fillings li").count() == 3
+    assert page.inner_text("#fill h2") == "填空" and page.locator("#fillings li").count() == 4
     page.locator(".examples button").first.click()
     page.click("#fill-run")
     page.wait_for_selector("#fillings .text:lang(zh)")
@@ -103,6 +104,9 @@ def test_a_model_that_cannot_fill_says_so(desk: Desk) -> None:
     desk.mock.model |= {"fills": False, "all_tools": False}
     desk.reload()
     assert not desk.page.locator("#all-tools").is_visible()
+    desk.until("document.getElementById('model').textContent === 'glm-test'")
+    offered = desk.page.locator("#examples strong").all_inner_texts()
+    assert offered == ["Write", "Explain", "Translate", "Code"], "nothing that it cannot do is offered"
     desk.page.click("#open-fill")
     desk.page.fill("#fill-input", "a ____ b")
     assert desk.page.locator("#fill-run").is_disabled()
@@ -171,6 +175,8 @@ def test_errors_are_said_and_the_chat_goes_on(desk: Desk) -> None:
     assert "connection broke" in desk.answers.last.inner_text() and desk.last_answer() == "Cut o"
     desk.ask("busy please")
     assert "Try again in 3 s" in desk.answers.last.inner_text()
+    buttons = desk.answers.last.locator(".foot button")
+    assert buttons.all_inner_texts() == ["Ask again"], "there is nothing to copy, and one thing to do"
     desk.ask("echo fine")
     assert desk.last_answer() == "You said: echo fine"
     page.locator(".assistant .again").nth(2).click()  # where it was busy: another version of that answer

@@ -19,11 +19,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
+from openglm.cli import main
 from openglm.server.config import ServeConfig
 from openglm.server.errors import ApiError
 from openglm.server.events import CallArguments, Finish, Text, fold
 from openglm.server.limits import Gate
 from openglm.server.service import Service
+from openglm.server.static import WEB
 from openglm.server.worker import Outlet
 from tests.server_helpers import running, scripted, service_of, until
 
@@ -81,6 +83,37 @@ def test_other_kinds_of_request(url: str) -> None:
     error = post(url, {"max_tokens": 1}, "/v1/messages").json()
     assert error["type"] == "error" and error["error"]["message"].startswith("messages")
     assert "x-request-id" in post(url, CHAT).headers
+
+
+def test_methods_beside_the_page() -> None:
+    model, _ = scripted("glm-4", "\nHello")
+    with running(service_of(model), WEB) as url:
+        for method, path, status in [
+            ("GET", "/v1/chat/completions", 405), ("POST", "/nothing", 404), ("GET", "/nothing", 404),
+            ("POST", "/health", 405), ("POST", "/index.html", 405), ("HEAD", "/health", 200), ("GET", "/", 200),
+        ]:  # fmt: skip
+            answer = httpx.request(method, url + path)
+            assert answer.status_code == status, (method, path)
+            words = {405: f"{path} does not take {method}", 404: f"there is nothing at {path}"}.get(status)
+            assert words is None or answer.json()["error"]["message"] == words
+        assert "POST" in httpx.get(url + "/v1/chat/completions").headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"grace_s": -1.0}, "grace_s must be 0 to"), ({"grace_s": float("nan")}, "grace_s must be 0 to"),
+        ({"cors_origins": ("app.example",)}, "web origin"), ({"cors_origins": ("https://app.example/",)}, "web origin"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(
+    setting: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServeConfig(**setting)
+    assert main(["serve", "--port", "0", "--max-body-mb", "0"]) == 2
+    assert "--max-body-mb must be at least 1" in capsys.readouterr().err, "in the words of the command line"
+    ServeConfig(grace_s=0.0, cors_origins=("*", "https://app.example:8443", "tauri://localhost"))
 
 
 # -------------------------------------------------------------------- who may call

@@ -84,7 +84,7 @@ def create_app(service: Service, web: Path | None = WEB) -> FastAPI:
     app.add_route("/docs", lambda request: RedirectResponse("docs/"), include_in_schema=False)
     app.mount("/docs", Page(REFERENCE), name="docs")
     if web is not None and (web / "index.html").is_file():
-        app.mount("/", Page(web), name="page")
+        _add_page(app, Page(web))
     app.add_middleware(Watch, service=service)
     if service.config.cors_origins:
         app.add_middleware(
@@ -94,6 +94,16 @@ def create_app(service: Service, web: Path | None = WEB) -> FastAPI:
         )  # fmt: skip
     app.add_middleware(HostCheck, config=service.config)
     return app
+
+
+def _add_page(app: FastAPI, page: Page) -> None:
+    """What no route is for is a file of the page. (A mount at / would hide that a path wants another method.)"""
+    nothing = app.router.default
+
+    async def default(scope: Scope, receive: Receive, send: Send) -> None:
+        await (page if scope["type"] == "http" else nothing)(scope, receive, send)
+
+    app.router.default = default
 
 
 def _add_post(app: FastAPI, service: Service, path: str, handler: Handler, kind: type[Model]) -> None:
@@ -176,6 +186,7 @@ def _add_gets(app: FastAPI, service: Service) -> None:
         service.gate.identify(request)
         return await text_api.models(service, name, "anthropic-version" in request.headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether requests are answered")
     async def health() -> Response:
         return await text_api.health(service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from openglm.engine.options import EngineOptions
 __all__ = ["ServeConfig"]
 
 LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+MAX_GRACE_S = 86_400
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")  # as browsers send it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,11 @@ class ServeConfig:
         for name in ("requests_per_minute", "concurrency", "max_queue", "max_image_queue"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.grace_s <= MAX_GRACE_S:
+            raise ValueError(f"grace_s must be 0 to {MAX_GRACE_S} s, not {self.grace_s}")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"a web origin is * or scheme://name[:port], without a path; not {origin!r}")
         if self.max_body_bytes < 1024:
             raise ValueError(f"max_body_bytes must be at least 1024, not {self.max_body_bytes}")
         if self.max_tokens is not None and self.max_tokens < 1:

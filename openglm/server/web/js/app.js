@@ -118,7 +118,8 @@ async function importFile(file) {
     toast(t("imported", { n: found.length }));
     sidebar.draw();
   } catch (error) {
-    toast(t("importFailed", { why: error.message }), null, 10);
+    const why = error instanceof store.BadImport ? t("importBad", { field: error.message }) : error.message;
+    toast(t("importFailed", { why }), null, 10);
   }
 }
 
@@ -160,7 +161,7 @@ function chooseLanguage(language) {
   store.saveSettings(settings);
   translate(document.body);
   drawSwitches();
-  drawExamples((text) => composer.fill(text), () => go("#fill"));
+  drawStart();
   fill.draw();
   chat.views.clear();
   route();
@@ -175,11 +176,17 @@ async function findModel() {
     toast(errorText({ status: error.status ?? -1, text: error.message }), { text: t("tryAgain"), run: findModel }, 20);
   }
   byId("all-tools").hidden = !model?.all_tools;
+  if (model?.fills === false) drawStart();
   drawStatus();
   fill.drawState();
 }
 
 const usesTools = () => Boolean(model?.all_tools && settings.allTools);
+
+function drawStart() {
+  const blank = model?.fills === false ? null : () => go("#fill");
+  drawExamples((text) => composer.fill(text), blank);
+}
 
 function drawAllTools() {
   byId("all-tools").setAttribute("aria-pressed", String(Boolean(settings.allTools)));
@@ -258,6 +265,7 @@ function listen() {
     settings.allTools = !settings.allTools;
     store.saveSettings(settings);
     drawAllTools();
+    composer.moveFiles();
   });
   addEventListener("popstate", route);
   addEventListener("hashchange", route);
@@ -289,7 +297,7 @@ async function start() {
   makeViews();
   setTheme(settings.theme);
   drawAllTools();
-  drawExamples((text) => composer.fill(text), () => go("#fill"));
+  drawStart();
   await store.open();
   for (const conversation of await store.all()) {
     settle(conversation);

@@ -23,7 +23,7 @@ export class ChatView {
     byId("to-end").addEventListener("click", () => this.toEnd(true));
     this.list.addEventListener("click", (event) => copyClicked(event));
     byId("stop").addEventListener("click", () => this.stop());
-    new ResizeObserver(() => this.follow && this.toEnd()).observe(this.list);
+    new ResizeObserver(() => (this.follow ? this.toEnd() : this.scrolled())).observe(this.list);
   }
 
   show(conversation) {
@@ -157,10 +157,11 @@ async function copyClicked(event) {
   setTimeout(() => button.replaceChildren(icon("copy"), t("copy")), 1500);
 }
 
-/** Example prompts of an empty chat. use(text) puts one into the composer; blank() opens the other view. */
+/** Example prompts of an empty chat. use(text) puts one into the composer; blank() opens the other view, if it is of use. */
 export function drawExamples(use, blank) {
   const example = (name, run) =>
     h("li", {}, h("button", { type: "button", on: { click: run } }, h("strong", { text: t(`${name}Title`) }), h("span", { text: t(`${name}Text`) })));
-  const asks = ["example1", "example2", "example3"].map((name) => example(name, () => use(t(`${name}Text`))));
-  byId("examples").replaceChildren(...asks, example("example4", blank));
+  const ask = (name) => example(name, () => use(t(`${name}Text`)));
+  const last = blank ? example("example4", blank) : ask("example5");
+  byId("examples").replaceChildren(...["example1", "example2", "example3"].map(ask), last);
 }

@@ -65,7 +65,8 @@ export class Composer {
   submit() {
     const text = this.input.value.trim();
     if (this.files.some((file) => file.busy)) return toast(t("stillUploading"));
-    if ((!text && !this.files.length) || !this.send(text, this.files)) return;
+    const files = this.files.map(({ source, ...file }) => file);
+    if ((!text && !files.length) || !this.send(text, files)) return;
     this.fill("");
     this.files = [];
     this.drawFiles();
@@ -95,16 +96,23 @@ export class Composer {
       else {
         const text = decode(new Uint8Array(await file.arrayBuffer()));
         if (text === null) toast(t("fileNoText", { name: file.name }));
-        else this.files.push({ name: file.name, text });
+        else this.files.push({ name: file.name, text, source: file });
       }
     }
     this.drawFiles();
     this.input.focus();
   }
 
+  /** Take the files again, after it has changed where they go. */
+  moveFiles() {
+    const sources = this.files.map((file) => file.source);
+    this.files = [];
+    return this.addFiles(sources);
+  }
+
   async upload(file) {
     if (file.size > MAX_UPLOAD_BYTES) return toast(t("fileTooBig", { name: file.name, n: MAX_UPLOAD_BYTES / 1024 }));
-    const entry = { name: file.name, text: "", busy: true };
+    const entry = { name: file.name, text: "", busy: true, source: file };
     this.files.push(entry);
     this.drawFiles();
     try {

@@ -39,7 +39,7 @@ export function iconButton(name, label, onClick, extra = {}) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** A short notice at the lower edge; with an action, a button in it. */
+/** A short notice at the upper edge; with an action, a button in it. */
 export function toast(text, action = null, seconds = 5) {
   const box = h("div", { class: "toast", role: "status" }, h("span", { text }));
   const close = () => box.remove();
@@ -50,7 +50,10 @@ export function toast(text, action = null, seconds = 5) {
     };
     box.append(h("button", { type: "button", class: "link", text: action.text, on: { click: run } }));
   }
-  byId("toasts").append(box);
+  const all = byId("toasts");
+  all.append(box);
+  if (all.matches(":popover-open")) all.hidePopover(); // to come up in front of a dialog that has opened since
+  all.showPopover();
   let timer = setTimeout(close, seconds * 1000);
   box.addEventListener("pointerenter", () => clearTimeout(timer));
   box.addEventListener("pointerleave", () => (timer = setTimeout(close, 2000)));

@@ -100,6 +100,7 @@ export class FillView {
     this.run.disabled = !busy && (!able || !blanks);
     this.note.textContent = able ? (this.text.trim() && !blanks ? t("fillNeedsBlank") : "") : t("fillUnable");
     this.note.classList.remove("error");
+    this.note.classList.toggle("unable", !able);
   }
 
   async ask() {
@@ -157,5 +158,6 @@ export class FillView {
 function percent(p) {
   if (typeof p !== "number" || !Number.isFinite(p)) return "";
   const value = 100 * p;
-  return value < 0.1 ? "< 0.1 %" : `${value < 10 ? value.toFixed(1) : Math.round(value)} %`;
+  if (value < 0.001) return "< 0.001 %"; // several blanks together are rarely likely: digits tell them apart
+  return `${value < 0.1 ? value.toPrecision(1) : value < 10 ? value.toFixed(1) : Math.round(value)} %`;
 }

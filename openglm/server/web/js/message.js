@@ -86,6 +86,7 @@ export class MessageView {
     this.element.setAttribute("aria-busy", String(!ended));
     this.body.classList.toggle("waiting", !ended && message.parts.length === 0);
     if (ended && !this.closed) this.close();
+    else if (ended && this.stats !== message.stats) this.drawFoot(); // figures come behind the last word
   }
 
   addPart(part) {
@@ -135,6 +136,7 @@ export class MessageView {
 
   drawFoot() {
     const { message, actions } = this;
+    this.stats = message.stats;
     if (message.role === "assistant" && message.finish === null) return this.foot.replaceChildren();
     const { ids, index } = versions(this.conversation, message.id);
     const row = [];
@@ -150,9 +152,13 @@ export class MessageView {
       copy.replaceChildren(icon("check"));
       setTimeout(() => copy.replaceChildren(icon("copy")), 1500);
     }, { class: "copy" });
-    row.push(copy);
+    if (textOf(message)) row.push(copy);
     if (message.role === "user") row.push(iconButton("edit", t("edit"), () => this.startEdit(), { class: "edit" }));
-    else row.push(iconButton("again", t("again"), () => actions.again(message), { class: "again" }));
+    else {
+      const again = iconButton("again", t("again"), () => actions.again(message), { class: "again" });
+      if (message.finish === "error") again.append(t("again")); // what there is to do now
+      row.push(again);
+    }
     const stats = statsText(message.stats);
     if (stats) row.push(h("span", { class: "stats", text: stats }));
     return this.foot.replaceChildren(...row);

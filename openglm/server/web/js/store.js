@@ -104,7 +104,8 @@ export function exportText(conversations) {
   return JSON.stringify({ ...head, conversations }, null, 1);
 }
 
-class BadImport extends Error {}
+/** message: the first field that is not as an export has it. */
+export class BadImport extends Error {}
 
 function check(fine, where) {
   if (!fine) throw new BadImport(where);

@@ -109,13 +109,15 @@ export function withFiles(message) {
   return [...pieces, message.content].filter(Boolean).join("\n\n");
 }
 
-/** Messages in OpenAI's shape for the path that ends at a message. Reasoning is not sent again. */
-export function toRequest(conversation, lastId) {
+/**
+ * Messages in OpenAI's shape for the path that ends at a message. Reasoning is not sent again.
+ * serverNames: the server itself names the files of the message that it answers.
+ */
+export function toRequest(conversation, lastId, serverNames) {
   const out = conversation.system.trim() ? [{ role: "system", content: conversation.system.trim() }] : [];
   for (const message of pathTo(conversation, lastId)) {
     if (message.role === "user") {
-      // The server itself names the files of the message that it answers.
-      const names = message.id === lastId ? [] : (message.files || []).filter((file) => file.id).map((file) => file.name);
+      const names = serverNames && message.id === lastId ? [] : (message.files || []).filter((file) => file.id).map((file) => file.name);
       const note = names.length ? `[files in the working folder: ${names.join(", ")}]` : "";
       out.push({ role: "user", content: [note, withFiles(message)].filter(Boolean).join("\n\n") });
     }

@@ -27,7 +27,7 @@ export function samplingFields(sampling) {
  */
 export async function answer(conversation, parent, { sampling, allTools, askTools, onChange }) {
   const controller = new AbortController();
-  const request = { messages: toRequest(conversation, parent), ...samplingFields(sampling) };
+  const request = { messages: toRequest(conversation, parent, allTools), ...samplingFields(sampling) };
   if (allTools) {
     request.tools = [{ type: "all_tools", ...(askTools && { approval: "ask" }) }];
     request.conversation = conversation.id; // its variables, pages and files stay between answers
