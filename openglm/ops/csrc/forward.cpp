@@ -95,29 +95,43 @@ struct Pass {
     return in;
   }
 
-  // y = x W^T + bias, rows dealt out to the threads as they come; ends with a barrier.
+  // f(0) ... f(n - 1), each in one thread of those that work on share `mine` of the tokens. Where all work on the same,
+  // each has a run of its own, so that it reads memory in one go, and helps the others when that is done.
+  template <class Work> void deal(int thread, int mine, int64_t n_tokens, int64_t n, const Work &f) {
+    if (parts(n_tokens) > 1) {
+      for (int64_t i = take(1, mine); i < n; i = take(1, mine)) f(i);
+      return;
+    }
+    for (int p = 0; p < threads; p++) {
+      const int of = (thread + p) % threads;
+      const int64_t first = n * of / threads, last = n * (of + 1) / threads;
+      for (int64_t i = first + take(1, of); i < last; i = first + take(1, of)) f(i);
+    }
+  }
+
+  // y = x W^T + bias, rows dealt out to the threads; ends with a barrier.
   void linear(int thread, const OgLinear &l, const Input &in, int64_t columns, int64_t n, const float *residual,
               float alpha, float *out, int64_t out_stride) {
-    int64_t rows = 0;
+    int64_t rows = 0, chunks = 0;
     for (int i = 0; i < l.n_parts; i++) rows += l.parts[i].rows;
-    const int64_t step = n > MANY ? 32 : (rows / (threads * 8) + 32) / 32 * 32; // whole panels of rows
+    const int64_t step = n > MANY ? 32 : (rows / (threads * 16) + 32) / 32 * 32; // whole panels of rows
+    for (int i = 0; i < l.n_parts; i++) chunks += (l.parts[i].rows + step - 1) / step;
     for (int p = 0; p < parts(n); p++) {
       const int mine = (thread + p) % parts(n);
       const auto [first, last] = part(mine, n);
       const Input x = from(in, columns, first);
-      int64_t next = take(1, mine), before = 0, offset = 0;
-      for (int i = 0; i < l.n_parts; i++) {
-        const OgMatrix &m = l.parts[i];
-        int64_t chunks = (m.rows + step - 1) / step;
-        for (; next < before + chunks; next = take(1, mine)) {
-          int64_t row = (next - before) * step, end = std::min(row + step, m.rows);
-          k.product(&m, &x.q, x.x, columns, last - first, row, end, l.bias ? l.bias + offset : nullptr,
-                    residual ? residual + first * D + offset : nullptr, D, alpha,
-                    out + first * out_stride + offset + row, out_stride);
+      deal(thread, mine, n, chunks, [&, first = first, last = last](int64_t chunk) {
+        const OgMatrix *m = l.parts;
+        int64_t offset = 0;
+        for (int64_t of_part; chunk >= (of_part = (m->rows + step - 1) / step); m++) {
+          chunk -= of_part;
+          offset += m->rows;
         }
-        before += chunks;
-        offset += m.rows;
-      }
+        const int64_t row = chunk * step, end = std::min(row + step, m->rows);
+        k.product(m, &x.q, x.x, columns, last - first, row, end, l.bias ? l.bias + offset : nullptr,
+                  residual ? residual + first * D + offset : nullptr, D, alpha,
+                  out + first * out_stride + offset + row, out_stride);
+      });
     }
     barrier();
   }
@@ -236,15 +250,15 @@ struct Pass {
     const int64_t F = m.ffn_dim, n_up = layer.up.n_parts;
     const bool bytes = wants_bytes(layer.down), floats = wants_floats(layer.down);
     Input result = {floats ? w.middle.get<float>(T * F) : nullptr, w.activations_ffn.of(T, F)};
-    int64_t step = (F / (threads * 8) + 32) / 32 * 32;
+    int64_t step = (F / (threads * 16) + 32) / 32 * 32;
     step = std::max<int64_t>(32, std::min(step, 65536 / T / 32 * 32));
     float *gate = w.mine[thread].gate.get<float>(2 * T * step), *up = n_up == 2 ? gate + T * step : nullptr;
     for (int p = 0; p < parts(T); p++) {
       const int mine = (thread + p) % parts(T);
       const auto [first, last] = part(mine, T);
       const Input x = from(in, D, first);
-      for (int64_t at = take(1, mine) * step; at < F; at = take(1, mine) * step) {
-        int64_t n = std::min(step, F - at);
+      deal(thread, mine, T, (F + step - 1) / step, [&, first = first, last = last](int64_t strip) {
+        const int64_t at = strip * step, n = std::min(step, F - at);
         for (int64_t i = 0; i < n_up; i++)
           k.product(&layer.up.parts[i], &x.q, x.x, D, last - first, at, at + n,
                     layer.up.bias ? layer.up.bias + i * F : nullptr, nullptr, 0, 0.0f, i ? up : gate, step);
@@ -254,7 +268,7 @@ struct Pass {
           if (bytes) k.quantise(g, n, t, &result.q, at / 32);
           if (floats) memcpy((float *)result.x + t * F + at, g, n * sizeof(float));
         }
-      }
+      });
     }
     if (thread == 0 && bytes) fill_up(result.q, T);
     barrier();

@@ -100,9 +100,10 @@ inline void dots(const uint8_t *q, const int8_t *x, int64_t stride, const typena
 
 // How far ahead of its use memory is asked for: two threads that only wait for it reach the machine's bandwidth.
 const int64_t AHEAD = 4096;
+const int RUNS = 2; // blocks of rows that one token meets at once
 
-// One block of rows with MT tokens of the tiles from `tile` on.
-template <class S, int KIND, bool G16, bool MIN, int MT>
+// NR blocks of rows with MT tokens of the tiles from `tile` on; acc: (NR, MT).
+template <class S, int KIND, bool G16, bool MIN, int NR, int MT>
 void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, int64_t tile, typename S::F *acc) {
   const int R = S::lanes, TS = S::tokens, HALVES = G16 ? 2 : 1;
   // a->minus is for weights that count from -128: stored INT4 counts from -8 and INT6 from -32.
@@ -110,64 +111,76 @@ void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, i
   const bool counted = !MIN && (KIND != OG_INT8 || S::unsigned8);
   const int64_t bytes = block_bytes<KIND, R>(), blocks = a->blocks, per_group = G16 ? 1 : w->group / 32;
   const int64_t groups = G16 ? 2 * blocks : round_up(blocks, per_group) / per_group;
-  const uint8_t *q = (const uint8_t *)w->data + row_block * blocks * bytes;
-  const uint16_t *scale = w->scale + row_block * groups * R;
-  const uint16_t *minimum = MIN ? w->minimum + row_block * groups * R : nullptr;
+  const int64_t next = blocks * bytes, next_scales = groups * R; // from one block of rows to the one below
+  const uint8_t *q = (const uint8_t *)w->data + row_block * next;
+  const uint16_t *scale = w->scale + row_block * next_scales;
+  const uint16_t *minimum = MIN ? w->minimum + row_block * next_scales : nullptr;
   const int8_t *x = a->q + tile * blocks * TS * 32;
   const float *xs = a->scale + tile * blocks * TS, *x_sums = a->sums + tile * blocks * TS;
   const int32_t *minus = a->minus + tile * blocks * TS * 3;
   const int64_t tile_stride = blocks * TS;
   auto at = [&](const float *p, int m) { return p[m / TS * tile_stride + m % TS]; };
-  for (int m = 0; m < MT; m++) acc[m] = S::zero();
+  for (int i = 0; i < NR * MT; i++) acc[i] = S::zero();
   int64_t in_group = 0;
   for (int64_t b = 0; b < blocks; b++, q += bytes, x += TS * 32, xs += TS, x_sums += TS, minus += 3 * TS) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + AHEAD + i);
+    for (int r = 0; r < NR; r++)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + r * next + AHEAD + i);
     each<HALVES>([&](auto h) {
       typename S::I init[MT], sums[MT];
       const int32_t *from = minus + (G16 ? h : 2) * TS;
       for (int m = 0; m < MT; m++)
         init[m] = counted ? S::shifted(from + m / TS * 3 * tile_stride + m % TS, shift) : S::izero();
-      dots<S, KIND, 4 * h, 8 / HALVES, MT>(q, x, 32 * tile_stride, init, sums);
-      typename S::F s = S::f16(scale + h * R), lowest = MIN ? S::f16(minimum) : S::zero();
-      for (int m = 0; m < MT; m++) {
-        typename S::F y = S::mul(s, S::to_float(sums[m]));
-        if (MIN) y = S::fma(lowest, S::set(at(x_sums, m)), y);
-        acc[m] = S::fma(y, S::set(at(xs, m)), acc[m]);
+      for (int r = 0; r < NR; r++) {
+        dots<S, KIND, 4 * h, 8 / HALVES, MT>(q + r * next, x, 32 * tile_stride, init, sums);
+        typename S::F s = S::f16(scale + r * next_scales + h * R);
+        typename S::F lowest = MIN ? S::f16(minimum + r * next_scales) : S::zero();
+        for (int m = 0; m < MT; m++) {
+          typename S::F y = S::mul(s, S::to_float(sums[m]));
+          if (MIN) y = S::fma(lowest, S::set(at(x_sums, m)), y);
+          acc[r * MT + m] = S::fma(y, S::set(at(xs, m)), acc[r * MT + m]);
+        }
       }
     });
     if (++in_group == per_group) {
       in_group = 0;
-      __builtin_prefetch((const char *)scale + AHEAD / 4);
-      scale += HALVES * R;
-      if (MIN) {
-        __builtin_prefetch((const char *)minimum + AHEAD / 4);
-        minimum += R;
+      for (int r = 0; r < NR; r++) {
+        __builtin_prefetch((const char *)(scale + r * next_scales) + AHEAD / 4);
+        if (MIN) __builtin_prefetch((const char *)(minimum + r * next_scales) + AHEAD / 4);
       }
+      scale += HALVES * R;
+      if (MIN) minimum += R;
     }
   }
 }
 
-template <class S, int KIND, bool G16, bool MIN, int MT>
+template <class S, int KIND, bool G16, bool MIN, int NR, int MT>
 void packed_tokens(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t tile, int64_t row,
                    int64_t shift, const Output &o) {
   if constexpr (MT > 1)
-    if (n_tokens < MT) return packed_tokens<S, KIND, G16, MIN, MT - 1>(w, a, n_tokens, tile, row, shift, o);
-  typename S::F acc[MT];
-  packed_tile<S, KIND, G16, MIN, MT>(w, a, row / S::lanes, tile, acc);
-  int64_t n = w->rows - row < S::lanes ? w->rows - row : S::lanes;
-  for (int m = 0; m < MT; m++) put_block<S>(o, tile * S::tokens + m, row, row - shift, n, acc[m]);
+    if (n_tokens < MT) return packed_tokens<S, KIND, G16, MIN, NR, MT - 1>(w, a, n_tokens, tile, row, shift, o);
+  typename S::F acc[NR * MT];
+  packed_tile<S, KIND, G16, MIN, NR, MT>(w, a, row / S::lanes, tile, acc);
+  for (int r = 0; r < NR; r++, row += S::lanes) {
+    int64_t n = w->rows - row < S::lanes ? w->rows - row : S::lanes;
+    for (int m = 0; m < MT; m++) put_block<S>(o, tile * S::tokens + m, row, row - shift, n, acc[r * MT + m]);
+  }
 }
 
-// Weights of a block of rows stay in the cache while further tiles pass.
+// Weights of a block of rows stay in the cache while further tiles pass. One token meets several blocks of rows at once:
+// a core has more requests to memory under way for several runs of it than for one.
 template <class S, int KIND, bool G16, bool MIN>
 void packed_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t row0, int64_t row1,
                     const Output &o) {
+  int64_t begin = row0;
+  if (n_tokens == 1)
+    for (; begin + RUNS * S::lanes <= row1; begin += RUNS * S::lanes)
+      packed_tokens<S, KIND, G16, MIN, RUNS, 1>(w, a, 1, 0, begin, row0, o);
   const int64_t per_strip = 131072 / (a->blocks * 32), strip = n_tokens <= S::at_once || per_strip < S::lanes
       ? S::lanes : per_strip / S::lanes * S::lanes;
-  for (int64_t first = row0; first < row1; first += strip)
+  for (int64_t first = begin; first < row1; first += strip)
     for (int64_t token = 0; token < n_tokens; token += S::at_once)
       for (int64_t row = first; row < row1 && row < first + strip; row += S::lanes)
-        packed_tokens<S, KIND, G16, MIN, S::at_once>(w, a, n_tokens - token, token / S::tokens, row, row0, o);
+        packed_tokens<S, KIND, G16, MIN, 1, S::at_once>(w, a, n_tokens - token, token / S::tokens, row, row0, o);
 }
 
 // ---------------------------------------------------------------- unpacked panels
