@@ -66,7 +66,7 @@ class Call:
         self.addresses: list[int | None] = []  # where a block comes from and goes back to; None: it was a structure
         self.pointers: list[tuple[int, int, int]] = []
         self.model: Any = None
-        self.page_size = 1
+        self.page_size = self.n_steps = 1
 
     def add(self, content: bytes, address: int | None = None) -> int:
         self.blocks.append(content)
@@ -82,6 +82,8 @@ class Call:
             self.model = items[0]
         if isinstance(items[0], native.PoolStruct):
             self.page_size = items[0].page_size
+        if isinstance(items[0], native.BurstStruct):
+            self.n_steps = items[0].n_steps
         block = self.add(b"".join(map(bytes, items)))
         for number, item in enumerate(items):
             self._follow(block, number * ctypes.sizeof(item), item)
@@ -98,8 +100,8 @@ class Call:
             elif isinstance(value, bytes):
                 self.pointers.append((block, offset, self.add(value + b"\0")))
             elif isinstance(value, ctypes._Pointer):
-                n = item.n_layers if name == "layers" else item.n_chunks
-                self.pointers.append((block, offset, self.structures(*value[:n])))
+                n = {"layers": "n_layers", "chunks": "n_chunks", "streams": "n_streams"}[name]
+                self.pointers.append((block, offset, self.structures(*value[: getattr(item, n)])))
             elif kind is ctypes.c_void_p and value:
                 self.pointers.append((block, offset, self.memory(value, self._bytes(item, name))))
 
@@ -123,6 +125,12 @@ class Call:
             return int(rows * model.head_dim * size)
         if isinstance(item, native.ChunkStruct):
             return int(4 * -(-max(item.start + item.n_tokens, item.n_context) // self.page_size))
+        if isinstance(item, native.StreamStruct):
+            pages = -(-(item.start + self.n_steps) // self.page_size)
+            positions = (item.axes - 1) * item.stride + self.n_steps
+            return int({"pages": 4 * pages, "positions": 8 * positions, "stop_ids": 8 * item.n_stop_ids}[name])
+        if isinstance(item, native.BurstStruct):
+            return int({"wanted": 4, "seconds": 8 * item.n_steps}.get(name, 8 * item.n_steps * item.n_streams))
         sizes = {"ids": "n_tokens", "positions": "n_tokens", "outputs": "n_outputs", "logits": "n_outputs"}
         n = getattr(item, sizes[name]) if name in sizes else 1
         width = {
@@ -218,6 +226,12 @@ class RemoteLibrary:
 
     def og_forward(self, model: Any, pool: Any, batch: Any, workspace: int) -> int:
         return self._call("og_forward", [model._obj], [pool._obj], [batch._obj], workspace)[0] & 1
+
+    def og_decode(self, model: Any, pool: Any, burst: Any, workspace: int) -> int:
+        return self._call("og_decode", [model._obj], [pool._obj], [burst._obj], workspace)[0]
+
+    def og_pick(self, row: int, n: int, sampling: Any, u: Any) -> int:
+        return self._call("og_pick", (row, 4 * n), n, [sampling._obj], (ctypes.addressof(u._obj), 8))[0]
 
     def og_sum_exp(self, row: int, n: int, peak: float) -> float:
         bits = struct.unpack("<i", struct.pack("<f", peak))[0]

@@ -8,6 +8,7 @@ Those of 64-bit ARM run too, under an emulator, where there is a cross compiler 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 
 from openglm.config import GLMConfig, RopeConfig
 from openglm.engine.native_runner import NativeRunner, runs_natively
-from openglm.engine.runner import Chunk, TorchRunner
+from openglm.engine.runner import Burst, Chunk, Decoding, TorchRunner
+from openglm.engine.sampler import Sampler
 from openglm.model.gguf_types import TYPES, as_matrix, decode
 from openglm.model.init import init_weights
 from openglm.model.linear import PackedEmbedding, PackedLinear, QuantLinear, RowParts, quantised_linear
 from openglm.model.transformer import Transformer
 from openglm.ops import native
 from openglm.ops.quant import QuantParts, QuantTensor, pack_int4
+from openglm.types import SamplingParams
 from tests import arm_helpers
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built: no C++ compiler")
@@ -279,6 +282,89 @@ def test_a_nan_stays_with_its_sequence(isa: str) -> None:
     both = runner.run([chunk([5, 2, 3, 4], 0, 1, [1], 1), good])
     assert both[0].isnan().all() and torch.equal(both[1], alone[0])
     assert torch.equal(runner.run([chunk([1, 2, 3], 0, 1, [1], 1)]), alone)  # over what it left in its page
+
+
+@pytest.mark.parametrize("n", [1, 7, 67, 3000])
+def test_drawing_equals_its_definition(isa: str, n: int) -> None:
+    """Every filter, on peaked, flat and partly impossible rows; numbers on a border may fall to either side."""
+    random = torch.Generator().manual_seed(n)
+    for scale, top_k, top_p, min_p in ((0.1, 0, 1.0, 0.0), (3.0, 0, 0.8, 0.0), (1.0, 9, 1.0, 0.0), (1.0, 5, 0.7, 0.1),
+                                       (9.0, 50, 0.9, 0.0), (2.0, 0, 1.0, 0.2), (0.01, 0, 0.99, 0.0)):  # fmt: skip
+        row = torch.randn(n, generator=random) * scale
+        row[torch.rand(n, generator=random) < 0.2] = -torch.inf
+        row[n // 2] = scale
+        assert native.pick(row, 0.0, top_k, top_p, min_p, 0.5) == int(row.argmax())
+        for u in torch.rand(12, generator=random, dtype=torch.float64).tolist():
+            near = {defined_pick(row, 0.7, top_k, top_p, min_p, u + d) for d in (-2e-5, -1e-6, 0.0, 1e-6, 2e-5)}
+            assert native.pick(row, 0.7, top_k, top_p, min_p, u) in near
+
+
+def defined_pick(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
+    """By the book: sort everything, in float64."""
+    values = row.double().numpy()
+    weights = np.exp((values - values.max()) / temperature)
+    order = np.lexsort((np.arange(len(weights)), -weights))[: top_k or None]
+    kept = weights[order]
+    keep = (kept.cumsum() - kept < top_p * kept.sum()) if top_p < 1.0 else kept >= 0.0
+    order = order[keep & (kept >= min_p)]
+    order = order if top_k or top_p < 1.0 else np.sort(order)
+    mass = weights[order].cumsum()
+    return int(order[min(np.searchsorted(mass, u * mass[-1], side="right"), len(order) - 1)])
+
+
+def test_the_largest_of_equal_ones_is_the_first(isa: str) -> None:
+    row = torch.zeros(2500)
+    for ids in ([2499], [2499, 1030], [2499, 1030, 1029], [2499, 1030, 3]):
+        row[ids] = 5.0
+        assert native.pick(row, 0.0, 0, 1.0, 0.0, 0.5) == min(ids)
+
+
+def test_a_burst_is_so_many_steps(isa: str) -> None:
+    """Greedy and seeded sequences side by side, over borders of pages; one is done with a step of its own."""
+    c = CONFIGS["chatglm-6b"]
+    model, _ = quantised_model(c, FORMS[0], mixed=True)
+    prompts = [[1, 2, 3, 4, 5], [6] * 14]
+    params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.8, top_p=0.9, min_p=0.01)]
+    positions = torch.stack([torch.arange(40), torch.arange(40) // 2])
+    pages = [[4, 1, 6], [0, 5, 2]]
+
+    def runner() -> tuple[NativeRunner, list[list[int]]]:
+        made = NativeRunner(model, 8)
+        both = zip(prompts, pages, strict=True)
+        rows = made.run([Chunk(ids, 0, positions[:, : len(ids)], p, len(ids)) for ids, p in both])
+        return made, [[int(row.argmax())] for row in rows]
+
+    one, answers = runner()
+    wanted: list[list[float]] = [[], []]
+    samplers = [Sampler(replace(p, seed=2**63 + i), [], 70) for i, p in enumerate(params)]
+    for n in range(20):
+        both = zip(answers, [len(ids) + n for ids in prompts], pages, strict=True)
+        rows = one.run([Chunk(a[-1:], at, positions[:, at : at + 1], p) for a, at, p in both])
+        for sampler, row, answer, logprobs in zip(samplers, rows, answers, wanted, strict=True):
+            drawn = sampler.draw(row)
+            sampler.accept(drawn.token_id)
+            answer.append(drawn.token_id)
+            logprobs.append(drawn.logprob)
+    several, firsts = runner()
+
+    def burst(n: int, n_steps: int, seconds: float = 60.0, stop_ids: list[int] | None = None) -> Burst:
+        return several.decode(
+            [Decoding(a[n], len(ids) + n, positions, p, s.params, s.seed, n, stop_ids or [])
+             for a, ids, p, s in zip(answers, prompts, pages, samplers, strict=True)], 70, n_steps, seconds
+        )  # fmt: skip
+
+    assert firsts == [a[:1] for a in answers]
+    start, parts = time.perf_counter(), [burst(0, 9), burst(9, 5, 0.0), burst(10, 10)]
+    assert [len(part.at) for part in parts] == [9, 1, 10]
+    assert [[row[i] for part in parts for row in part.ids] for i in (0, 1)] == [a[1:] for a in answers]
+    assert [[row[i] for part in parts for row in part.logprobs] for i in (0, 1)] == wanted
+    times = [start, *sum([part.at for part in parts], []), time.perf_counter()]
+    assert times == sorted(times)
+    stop = answers[1][4]
+    last = min(a[1:].index(stop) for a in answers if stop in a[1:])
+    assert burst(0, 9, stop_ids=[69, stop]).ids == [[a[1 + n] for a in answers] for n in range(last + 1)]
+    several.interrupt()
+    assert [len(burst(0, 9).at), len(burst(0, 9).at)] == [1, 9]
 
 
 def test_a_library_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -5,7 +5,8 @@ python -m pytest -q tests/test_engine.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from openglm.model.batch import ForwardBatch, PromptLayout, prompt_layout
 from openglm.model.cache import KVCache
 from openglm.model.transformer import Transformer
 
-__all__ = ["Direct", "check_ids", "room_in_context"]
+__all__ = ["Direct", "WholePasses", "check_ids", "room_in_context"]
 
 _SCORE_ROWS = 128  # rows of logits held at once while scoring
 
@@ -171,3 +172,46 @@ class Direct:
         if self.vocab_size < logits.shape[-1]:
             logits[..., self.vocab_size :] = float("-inf")
         return logits
+
+
+class WholePasses:
+    """What an Engine offers of it. _turn: makes sure that nothing else runs meanwhile."""
+
+    _direct: Direct
+    _turn: Callable[[], AbstractContextManager[None]]
+
+    def beam(
+        self,
+        prompt_ids: Sequence[int],
+        n_beams: int,
+        max_new_tokens: int = 64,
+        length_penalty: float = 0.0,
+        no_repeat_ngram: int = 0,
+        min_new_tokens: int = 0,
+        stop_ids: Iterable[int] = (),
+    ) -> list[Beam]:
+        """(ids, score) of at most n_beams answers, best first; `BeamSearch` defines scores. Deterministic."""
+        with self._turn():
+            return self._direct.beam(
+                prompt_ids, n_beams, max_new_tokens, length_penalty, no_repeat_ngram, min_new_tokens, stop_ids
+            )
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(T, vocab_size of the config) float32 on the engine's device: row t scores token t + 1. No row is masked."""
+        with self._turn():
+            return self._direct.logits(ids)
+
+    def logprobs(self, ids: Sequence[int], start: int = 1) -> Tensor:
+        """(T - start,) float32 log-probabilities (nats) of ids[start:], each given all before it."""
+        with self._turn():
+            return self._direct.logprobs(ids, start)
+
+    def top_logprobs(self, ids: Sequence[int], k: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+        """For each of ids[1:] its log-probability (nats) given all before it, and the k likeliest (id, value) there."""
+        with self._turn():
+            return self._direct.top_logprobs(ids, k)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """(dim,) float32 of length 1: the mean of the tokens' hidden states. A prefix model reads them both ways."""
+        with self._turn():
+            return self._direct.embed(ids)

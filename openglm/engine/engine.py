@@ -15,23 +15,23 @@ Positions and context come from `prompt_layout`, so every generation of the fami
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openglm.engine.beam import Beam
 from openglm.engine.blocks import BlockManager
-from openglm.engine.direct import Direct, check_ids, room_in_context
+from openglm.engine.direct import Direct, WholePasses, check_ids, room_in_context
+from openglm.engine.live import Live
 from openglm.engine.native_runner import NativeRunner, natural_kv_dtype, runs_natively
 from openglm.engine.options import EngineOptions, check_pool, default_pool_tokens
 from openglm.engine.request import NO_TOKEN, Completion, FinishReason, Request, Step
-from openglm.engine.runner import Chunk, ModelRunner, TorchRunner, kv_type
-from openglm.engine.sampler import Drawn, GrammarState, Sampler, draw_batch
+from openglm.engine.runner import ModelRunner, TorchRunner, kv_type
+from openglm.engine.sampler import DAMAGED, Drawn, GrammarState, Sampler, draw_batch
 from openglm.engine.scheduler import Scheduler, Work
 from openglm.engine.speculate import Proposer
 from openglm.engine.stream import TokenStream, collected
@@ -43,18 +43,10 @@ from openglm.types import Grammar, SamplingParams
 __all__ = ["Engine"]
 
 
-@dataclass(eq=False, slots=True)
-class _Live:
-    """What the engine keeps of an unfinished request. steps: where its results go; None: to `Engine.step`."""
-
-    request: Request
-    sampler: Sampler
-    positions: Tensor  # (axes, prompt and answer)
-    stop_ids: frozenset[int]
-    steps: deque[Step] | None
+BURST_STEPS, BURST_S = 32, 0.025  # at most, in one call of the runner: tokens must come smoothly
 
 
-class Engine:
+class Engine(WholePasses):
     """Runs one Transformer.
 
     special_ids: names to ids, for `prompt_layout`. vocab_size: ids that the tokenizer knows; rows of a padded
@@ -89,7 +81,7 @@ class Engine:
         blocks = BlockManager(n_pages, page_size, share=self.options.prefix_cache and not prefix)
         self.scheduler = Scheduler(blocks, self.options.n_parallel, self.options.step_tokens, whole_prompts=prefix)
         self._lock = threading.RLock()
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._steps: list[Step] = []
         self._abandoned: deque[int] = deque()
         self._positions = torch.arange(0)[None]
@@ -170,7 +162,7 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """End a request at once; its pages go back. False where it has ended already."""
-        with self._lock:
+        with self._turn():
             live = self._live.get(request_id)
             if live is None:
                 return False
@@ -182,9 +174,21 @@ class Engine:
         """Whether a request is unfinished."""
         return bool(self._live)
 
+    def interrupt(self) -> None:
+        """Have `step` return with the tokens that are being computed, not go on to further ones. From any thread."""
+        if isinstance(self._runner, NativeRunner):
+            self._runner.interrupt()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, as soon as another thread's pass is over."""
+        self.interrupt()
+        with self._lock:
+            yield
+
     def forget(self) -> None:
         """Empty the prefix cache. To be called when the weights have changed."""
-        with self._lock:
+        with self._turn():
             self.scheduler.blocks.forget()
             for request in self.scheduler.running:
                 request.n_shared = 0
@@ -205,7 +209,7 @@ class Engine:
         if params.grammar is not None and self.grammar_state is not None:
             state = self.grammar_state(params.grammar)
         sampler = Sampler(params, ids, self.vocab_size, state)
-        with self._lock:
+        with self._turn():
             self._n_requests += 1
             request = Request(self._n_requests, ids, len(ids), budget, layout.n_context, client)
             if self.config.mask == "causal":
@@ -215,12 +219,14 @@ class Engine:
             else:
                 positions = layout.positions(0, len(ids) + budget)
             stop_ids = frozenset(params.stop_ids)
-            self._live[request.id] = _Live(request, sampler, positions, stop_ids, steps)
+            self._live[request.id] = Live(request, sampler, positions, stop_ids, steps)
             self.scheduler.add(request)
             return request.id
 
     def _next(self, request_id: int, steps: deque[Step]) -> Step | None:
         """The next step of a stream; None when there is none any more."""
+        with contextlib.suppress(IndexError):
+            return steps.popleft()
         with self._lock:
             while not steps:
                 if request_id not in self._live:
@@ -241,8 +247,9 @@ class Engine:
             self._end(self._live[request.id], "error", error)
         work = [w for w in plan.work if w.request.state == "running"]
         if work:
-            self._n_passes += 1
-            self._run(work)
+            if not self._decode(work):
+                self._n_passes += 1
+                self._run(work)
 
     def _propose(self, proposer: Proposer) -> None:
         proposer.propose([r for r in self.scheduler.running if r.n_pending == 1], self._positions_of)
@@ -253,7 +260,7 @@ class Engine:
     def _run(self, work: list[Work]) -> None:
         """Run and draw. A pass that fails is run again request by request: only the one at fault ends."""
         try:
-            logits = self.runner.run([self._chunk(w) for w in work])
+            logits = self.runner.run([self._live[w.request.id].chunk(w) for w in work])
         except Exception as error:
             if len(work) == 1:
                 self._end(self._live[work[0].request.id], "error", error)
@@ -263,19 +270,46 @@ class Engine:
             return
         self._draw(work, logits)
 
-    def _chunk(self, work: Work) -> Chunk:
-        request, start, n = work.request, work.start, work.n_tokens
-        n_known = n - work.n_drafts
-        ids = request.ids[start : start + n_known]
-        if work.n_drafts:
-            ids = ids + request.drafts
-        positions = self._live[request.id].positions[:, start : start + n]
-        n_context = request.n_context if start == 0 else 0
-        return Chunk(ids, start, positions, request.pages, n_context, work.n_logits)
+    def _decode(self, work: list[Work]) -> bool:
+        """Several steps at once, where all there is to do is to write on. False: it must be done pass by pass."""
+        runner = self._runner
+        if not isinstance(runner, NativeRunner) or self._proposer is not None:
+            return False
+        if len(work) < len(self.scheduler.running):
+            return False
+        live = [self._live[w.request.id] for w in work]
+        sequences = [sequence for one, w in zip(live, work, strict=True) if (sequence := one.decoding(w)) is not None]
+        if len(sequences) < len(work):
+            return False
+        n_steps = self.scheduler.ahead(BURST_STEPS)
+        try:
+            burst = runner.decode(sequences, self.vocab_size, n_steps, BURST_S)
+        except Exception:
+            return False
+        self._n_passes += len(burst.at)
+        drawn: list[list[int]] = [[] for _ in work]
+        ends: dict[int, FinishReason] = {}
+        for ids, logprobs, at in zip(*burst, strict=True):
+            for i, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+                if token_id == NO_TOKEN:
+                    ends[i] = "error"
+                    continue
+                drawn[i].append(token_id)
+                reason = self._emit(live[i], Drawn(token_id, logprob), len(drawn[i]), at)
+                if reason is not None:
+                    ends[i] = reason
+        for i, w in enumerate(work):
+            if drawn[i]:
+                self.scheduler.advance(w, drawn[i])
+            if ends.get(i) == "error":
+                self._end(live[i], "error", FloatingPointError(DAMAGED))
+            elif i in ends:
+                self._close(live[i])
+        return True
 
     @torch.inference_mode()
     def _draw(self, work: list[Work], logits: Tensor) -> None:
-        singles: list[tuple[Work, _Live]] = []
+        singles: list[tuple[Work, Live]] = []
         rows: list[int] = []
         end = 0
         for w in work:
@@ -296,7 +330,7 @@ class Engine:
                 else:
                     self._advance_by(w, live, [drawn.token_id], self._emit(live, drawn, 1))
 
-    def _verify(self, work: Work, live: _Live, logits: Tensor) -> None:
+    def _verify(self, work: Work, live: Live, logits: Tensor) -> None:
         """Draw behind every draft as if it were the answer, until one of them was guessed wrong."""
         guesses = [*work.request.drafts, NO_TOKEN]
         ids: list[int] = []
@@ -313,34 +347,28 @@ class Engine:
         self._n_accepted += len(ids) - 1
         self._advance_by(work, live, ids, reason)
 
-    def _emit(self, live: _Live, drawn: Drawn, n: int) -> FinishReason | None:
+    def _emit(self, live: Live, drawn: Drawn, n: int, at: float | None = None) -> FinishReason | None:
         """Hand out the n-th token of this pass; the reason why it is the last one, if it is."""
-        live.sampler.accept(drawn.token_id)
-        reason: FinishReason | None = None
-        if drawn.token_id in live.stop_ids or live.sampler.done:
-            reason = "stop"
-        elif n == live.request.n_left:
-            reason = "length"
+        step = live.take(drawn, n, at)
         self._n_drawn += 1
-        request, top = live.request, drawn.top_logprobs
-        self._give(live, Step(drawn.token_id, drawn.logprob, reason, top, request.id, n_reused=request.n_reused))
-        return reason
+        self._give(live, step)
+        return step.finish_reason
 
-    def _advance_by(self, work: Work, live: _Live, ids: list[int], reason: FinishReason | None) -> None:
+    def _advance_by(self, work: Work, live: Live, ids: list[int], reason: FinishReason | None) -> None:
         self.scheduler.advance(work, ids)
         if reason is not None:
             self._close(live)
 
-    def _end(self, live: _Live, reason: FinishReason, error: Exception | None = None) -> None:
+    def _end(self, live: Live, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request without another token."""
         self._give(live, Step(NO_TOKEN, 0.0, reason, request_id=live.request.id, error=error))
         self._close(live)
 
-    def _close(self, live: _Live) -> None:
+    def _close(self, live: Live) -> None:
         self.scheduler.finish(live.request)
         del self._live[live.request.id]
 
-    def _give(self, live: _Live, step: Step) -> None:
+    def _give(self, live: Live, step: Step) -> None:
         (self._steps if live.steps is None else live.steps).append(step)
 
     def check_integrity(self) -> None:
@@ -349,41 +377,3 @@ class Engine:
             self.scheduler.check_integrity()
             requests = [*self.scheduler.running, *self.scheduler.waiting]
             assert sorted(r.id for r in requests) == sorted(self._live)
-
-    # ---------------------------------------------------------------- whole passes
-
-    def beam(
-        self,
-        prompt_ids: Sequence[int],
-        n_beams: int,
-        max_new_tokens: int = 64,
-        length_penalty: float = 0.0,
-        no_repeat_ngram: int = 0,
-        min_new_tokens: int = 0,
-        stop_ids: Iterable[int] = (),
-    ) -> list[Beam]:
-        """(ids, score) of at most n_beams answers, best first; `BeamSearch` defines scores. Deterministic."""
-        with self._lock:
-            return self._direct.beam(
-                prompt_ids, n_beams, max_new_tokens, length_penalty, no_repeat_ngram, min_new_tokens, stop_ids
-            )
-
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """(T, vocab_size of the config) float32 on the engine's device: row t scores token t + 1. No row is masked."""
-        with self._lock:
-            return self._direct.logits(ids)
-
-    def logprobs(self, ids: Sequence[int], start: int = 1) -> Tensor:
-        """(T - start,) float32 log-probabilities (nats) of ids[start:], each given all before it."""
-        with self._lock:
-            return self._direct.logprobs(ids, start)
-
-    def top_logprobs(self, ids: Sequence[int], k: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-        """For each of ids[1:] its log-probability (nats) given all before it, and the k likeliest (id, value) there."""
-        with self._lock:
-            return self._direct.top_logprobs(ids, k)
-
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """(dim,) float32 of length 1: the mean of the tokens' hidden states. A prefix model reads them both ways."""
-        with self._lock:
-            return self._direct.embed(ids)

@@ -1,6 +1,6 @@
 """NativeRunner: passes of the engine on the native library, one call each; the same protocol as TorchRunner.
 
-    python -m pytest -q tests/test_native_runner.py
+    python -m pytest -q tests/test_native.py tests/test_engine_bursts.py
 
 Takes models on a CPU whose matrices are plain (float32, float16, bfloat16) or packed (`openglm.model.linear`), of
 every generation of the family. Each row of logits is computed in an order of its own, so that answers do not depend
@@ -10,6 +10,7 @@ on what else runs, bit for bit.
 from __future__ import annotations
 
 import ctypes
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openglm.engine.runner import Chunk, kv_type
+from openglm.engine.runner import Burst, Chunk, Decoding, kv_type
 from openglm.model.linear import PackedEmbedding, PackedLinear, RowParts
 from openglm.model.paged import key_centres, lazy_zeros
 from openglm.model.transformer import Block, Transformer
@@ -71,6 +72,7 @@ class NativeRunner:
         library = native.library()
         assert library is not None
         self._library, self._workspace = library, library.og_workspace_new()
+        self._wanted = ctypes.c_int32(0)
 
     def __del__(self) -> None:
         if hasattr(self, "_workspace"):
@@ -105,6 +107,48 @@ class NativeRunner:
         if not done:
             raise MemoryError(f"no memory for a pass of {end} tokens: lower step_tokens")
         return logits
+
+    def decode(self, sequences: Sequence[Decoding], n_ids: int, n_steps: int, seconds: float) -> Burst:
+        """Run and draw, up to n_steps times; what runs and how is the same as step by step. Ids from n_ids on are never
+        drawn. No step begins that would end later than `seconds` from now, but one does, and the first step in which a
+        sequence draws a stop id or has no numbers is the last, as is the one that runs when `interrupt` is called."""
+        n, count = len(sequences), len(sequences) * n_steps
+        structs = (native.StreamStruct * n)()
+        kept = [self._fill(struct, sequence, n_steps) for struct, sequence in zip(structs, sequences, strict=True)]
+        ids, logprobs = array("q", bytes(8 * count)), array("d", bytes(8 * count))
+        passed = array("d", bytes(8 * n_steps))
+        burst = native.BurstStruct(
+            n, n_steps, n_ids, seconds, structs, ctypes.addressof(self._wanted), ids.buffer_info()[0],
+            logprobs.buffer_info()[0], passed.buffer_info()[0],
+        )  # fmt: skip
+        start = time.perf_counter()
+        n_done = self._library.og_decode(
+            ctypes.byref(self._struct), ctypes.byref(self._pool), ctypes.byref(burst), self._workspace
+        )
+        self._wanted.value = 0
+        del kept
+        if not n_done:
+            raise MemoryError(f"no memory for a pass of {n} tokens: lower n_parallel")
+        rows = [slice(i * n, i * n + n) for i in range(n_done)]
+        return Burst(
+            [ids[r].tolist() for r in rows], [logprobs[r].tolist() for r in rows],
+            [start + s for s in passed[:n_done]],
+        )  # fmt: skip
+
+    def interrupt(self) -> None:
+        """End `decode` with the step that runs, or the next one with its first. From any thread."""
+        self._wanted.value = 1
+
+    def _fill(self, struct: native.StreamStruct, s: Decoding, n_steps: int) -> list[Any]:
+        """Returns what the pointers point into."""
+        pages, stop_ids, p = array("i", s.pages), array("q", s.stop_ids), s.params
+        assert s.start + n_steps <= min(len(pages) * self.page_size, s.positions.shape[1])
+        assert s.positions.dtype == torch.int64 and s.positions.stride(1) == 1
+        struct.id, struct.start, struct.axes, struct.pages = s.id, s.start, len(s.positions), pages.buffer_info()[0]
+        struct.positions, struct.stride = s.positions.data_ptr() + 8 * s.start, s.positions.stride(0)
+        struct.sampling = native.SamplingStruct(p.temperature, p.top_p, p.min_p, p.top_k, s.seed % 2**64)
+        struct.n_drawn, struct.stop_ids, struct.n_stop_ids = s.n_drawn, stop_ids.buffer_info()[0], len(stop_ids)
+        return [pages, stop_ids]
 
     # ---------------------------------------------------------------- the model as structures
 

@@ -65,7 +65,7 @@ class Step:
     top_logprobs: (id, logprob) of the likeliest tokens, as many as were asked for. finish_reason: on the last one only:
     "stop" (a stop id, or the grammar is complete), "length" (max_new_tokens, or context or pool are full), or, without
     a token (token_id NO_TOKEN), "cancelled" and "error", whose cause `error` holds. n_reused: tokens of the prompt that
-    the prefix cache saved.
+    the prefix cache saved. at: when the token was drawn, in seconds of time.perf_counter.
     """
 
     token_id: int
@@ -75,6 +75,7 @@ class Step:
     request_id: int = 0
     error: Exception | None = None
     n_reused: int = 0
+    at: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from openglm.model.batch import ForwardBatch
 from openglm.model.paged import PagedCache, PagedPool, Span, key_centres
 from openglm.model.transformer import Transformer
 from openglm.ops.kv import CODE_BITS
+from openglm.types import SamplingParams
 
-__all__ = ["KV_DTYPES", "Chunk", "ModelRunner", "TorchRunner"]
+__all__ = ["KV_DTYPES", "Burst", "Chunk", "Decoding", "ModelRunner", "TorchRunner"]
 
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -39,6 +40,34 @@ class Chunk:
     pages: Sequence[int]
     n_context: int = 0
     n_logits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A sequence that is written, token by token.
+
+    id: its last token, which has yet to run. start: tokens in the pool, all those in front of it. positions: (axes, n)
+    int64 on the CPU, of the whole sequence. pages: as of a Chunk, with room for every step. seed and n_drawn: of the
+    random numbers, see `ops.sampling.uniform`. stop_ids: those after which nothing follows.
+    """
+
+    id: int
+    start: int
+    positions: Tensor
+    pages: Sequence[int]
+    params: SamplingParams
+    seed: int
+    n_drawn: int
+    stop_ids: Sequence[int]
+
+
+class Burst(NamedTuple):
+    """Steps of decoding. ids, logprobs: of each step, those drawn, in the order of the sequences; NO_TOKEN where the
+    logits are no numbers. at: when each step ended, in seconds of time.perf_counter."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    at: list[float]
 
 
 class ModelRunner(Protocol):

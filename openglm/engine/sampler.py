@@ -27,9 +27,9 @@ from openglm.engine.request import NO_TOKEN
 from openglm.ops.sampling import GREEDY_BELOW, largest, log_normaliser, pick, uniform
 from openglm.types import SamplingParams
 
-__all__ = ["Drawn", "GrammarState", "Sampler", "draw_batch"]
+__all__ = ["DAMAGED", "Drawn", "GrammarState", "Sampler", "draw_batch"]
 
-_DAMAGED = "the model computed logits that are no numbers: its weights are damaged, or try float32"
+DAMAGED = "the model computed logits that are no numbers: its weights are damaged, or try float32"
 _IMPOSSIBLE = "no token is possible here: logit_bias or the grammar rules out every one in the vocabulary"
 _LIKELY_NATS = 8.0  # of a distribution's peak, within which the likeliest tokens are looked for first
 
@@ -126,10 +126,17 @@ class Sampler:
         repeated = params.repetition_penalty != 1.0
         seen = (i for i in prompt_ids if i < vocab_size and i not in self._stop_ids) if repeated else ()
         self._counts = _Counts(seen) if repeated or self._penalised else None
+        self._adjusts_nothing = self._counts is None and self._bias is None and self.grammar is None
+        self._waits_for = params.min_new_tokens if self._stop_ids else 0
 
     @property
     def done(self) -> bool:
         return self.grammar is not None and self.grammar.done
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token, and those behind it, are drawn by temperature and filters from the logits alone."""
+        return self._adjusts_nothing and self.n_accepted >= self._waits_for and not self.params.top_logprobs
 
     def draw(self, logits: Tensor) -> Drawn:
         """The next token. logits: (V,) float32, V at least vocab_size. Never raises for the values in it."""
@@ -145,8 +152,8 @@ class Sampler:
 
     def adjusted(self, row: Tensor) -> Tensor:
         """Logits after penalties, bias and what is forbidden: new ones, or the given where there is nothing to do."""
-        waits = self.n_accepted < self.params.min_new_tokens and bool(self._stop_ids)
-        if self._counts is None and self._bias is None and self.grammar is None and not waits:
+        waits = self.n_accepted < self._waits_for
+        if self._adjusts_nothing and not waits:
             return row
         row = row.clone()
         if self._counts is not None:
@@ -191,7 +198,7 @@ class Sampler:
         best = int(logits.argmax())  # of NaN, where there is one
         log_total = log_normaliser(row, float(logits[best]))
         if math.isnan(log_total):
-            return Drawn(NO_TOKEN, math.nan, error=FloatingPointError(_DAMAGED))
+            return Drawn(NO_TOKEN, math.nan, error=FloatingPointError(DAMAGED))
         adjusted = self.adjusted(row)
         if adjusted is not row or not self.greedy:
             chosen = self._choose(adjusted)

@@ -157,13 +157,27 @@ class Scheduler:
         return failed
 
     def _reserve(self, request: Request, n_tokens: int) -> bool:
-        missing = self.blocks.pages_for(n_tokens) - len(request.pages)
+        missing = self._missing(request, n_tokens)
         if missing > 0:
             pages = self.blocks.allocate(missing)
             if pages is None:
                 return False
             request.pages += pages
         return True
+
+    def ahead(self, n_steps: int) -> int:
+        """Steps, n_steps at most, that all running requests can be written on without a new plan; each is at its last
+        token. They get pages for them, as far as free ones go; no one gives way."""
+        n = min(n_steps, *(r.n_left for r in self.running))
+        while n > 1 and sum(self._missing(r, len(r.ids) + n - 1) for r in self.running) > self.blocks.n_free:
+            n -= 1
+        for request in self.running:
+            self._reserve(request, len(request.ids) + n - 1)
+        return min(n, *(len(r.pages) * self.blocks.page_size - r.n_cached for r in self.running))
+
+    def _missing(self, request: Request, n_tokens: int) -> int:
+        """Pages that a request lacks for so many tokens."""
+        return max(self.blocks.pages_for(n_tokens) - len(request.pages), 0)
 
     def _trim_drafts(self) -> None:
         """Guesses take only budget and pages that are left over."""
@@ -216,13 +230,14 @@ class Scheduler:
     # ---------------------------------------------------------------- results
 
     def advance(self, work: Work, drawn: Sequence[int] = ()) -> None:
-        """A piece of work was run and these tokens drawn behind it: of n drafts the first len(drawn) - 1 were right.
+        """A piece of work was run and these tokens drawn behind it, one after the other: of n drafts the first
+        len(drawn) - 1 were right, or several steps were run.
 
         Only now, with sound logits, are full pages shared: no one inherits what a failed request left.
         """
         request = work.request
         assert request.state == "running" and request.n_cached == work.start
-        assert bool(drawn) == bool(work.n_logits) and len(drawn) <= work.n_drafts + 1
+        assert bool(drawn) == bool(work.n_logits) and (len(drawn) <= work.n_drafts + 1 or work.n_tokens == 1)
         request.n_cached += work.n_tokens - work.n_drafts + max(len(drawn) - 1, 0)
         request.ids += drawn
         request.drafts = []

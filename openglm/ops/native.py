@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -25,11 +25,25 @@ from torch import Tensor
 
 from openglm.ops.build import LIBRARY
 from openglm.ops.quant import QuantTensor
+from openglm.ops.structs import (
+    Batch,
+    BurstStruct,
+    ChunkStruct,
+    GgufMatrixStruct,
+    LayerStruct,
+    LinearStruct,
+    MatrixStruct,
+    ModelStruct,
+    NormStruct,
+    PoolStruct,
+    SamplingStruct,
+    StreamStruct,
+)
 
 __all__ = [
-    "Batch", "ChunkStruct", "GgufMatrix", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct", "NormStruct",
-    "PackedMatrix", "PoolStruct", "available", "describe", "library", "matrix_of", "pack", "pack_gguf", "packable",
-    "set_threads", "sum_exp", "unpack_gguf", "use_isa",
+    "Batch", "BurstStruct", "ChunkStruct", "GgufMatrix", "LayerStruct", "LinearStruct", "MatrixStruct", "ModelStruct",
+    "NormStruct", "PackedMatrix", "PoolStruct", "SamplingStruct", "StreamStruct", "available", "describe", "library",
+    "matrix_of", "pack", "pack_gguf", "packable", "pick", "set_threads", "sum_exp", "unpack_gguf", "use_isa",
 ]  # fmt: skip
 
 INT4, INT6, INT8, F32, F16, BF16 = range(6)
@@ -37,63 +51,6 @@ KINDS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int
 THREADS = torch.get_num_threads()  # seen at import: readers of weights turn theirs down to one for a while
 TILE_ROWS = 96  # query heads that may share keys: OG_TILE_ROWS of openglm.h
 MLPS = {"gelu": 0, "geglu": 1, "swiglu": 2}
-
-
-class MatrixStruct(Structure):
-    _fields_ = [
-        ("kind", c_int32), ("group", c_int32), ("rows", c_int64), ("columns", c_int64),
-        ("data", c_void_p), ("scale", c_void_p), ("minimum", c_void_p),
-    ]  # fmt: skip
-
-
-class GgufMatrixStruct(Structure):
-    _fields_ = [
-        ("to", MatrixStruct), ("type", c_char_p), ("blocks", c_void_p), ("order", c_void_p), ("n_mapped", c_int64),
-    ]  # fmt: skip
-
-
-class LinearStruct(Structure):
-    _fields_ = [("n_parts", c_int32), ("parts", MatrixStruct * 3), ("bias", c_void_p)]
-
-
-class NormStruct(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
-
-
-class LayerStruct(Structure):
-    _fields_ = [
-        *((name, NormStruct) for name in ("norm1", "norm2", "post_norm1", "post_norm2")),
-        *((name, LinearStruct) for name in ("qkv", "out", "up", "down")), ("key_centre", c_void_p),
-    ]  # fmt: skip
-
-
-class ModelStruct(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in (
-            "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size",
-            "layer_norm", "normed_residual", "mlp", "axes", "n_frequencies",
-        )),
-        ("norm_eps", c_float), ("alpha", c_float), ("rope_scale", c_float), ("inv_freq", c_void_p),
-        ("embed", MatrixStruct), ("embed_position", MatrixStruct), ("embed_block", MatrixStruct),
-        ("layers", POINTER(LayerStruct)), ("norm", NormStruct), ("head", LinearStruct),
-    ]  # fmt: skip
-
-
-class PoolStruct(Structure):
-    _fields_ = [
-        ("kind", c_int32), ("page_size", c_int32), ("n_pages", c_int64), ("keys", c_void_p), ("values", c_void_p),
-    ]  # fmt: skip
-
-
-class ChunkStruct(Structure):
-    _fields_ = [("n_tokens", c_int32), ("start", c_int32), ("n_context", c_int32), ("pages", c_void_p)]
-
-
-class Batch(Structure):
-    _fields_ = [
-        ("n_tokens", c_int32), ("n_chunks", c_int32), ("n_outputs", c_int32), ("ids", c_void_p),
-        ("positions", c_void_p), ("chunks", POINTER(ChunkStruct)), ("outputs", c_void_p), ("logits", c_void_p),
-    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- the library
@@ -116,6 +73,8 @@ def library() -> ctypes.CDLL | None:
     lib.og_workspace_new.restype = c_void_p
     lib.og_workspace_free.argtypes = [c_void_p]
     lib.og_forward.argtypes = [c_void_p] * 4
+    lib.og_decode.argtypes, lib.og_decode.restype = [c_void_p] * 4, c_int64
+    lib.og_pick.argtypes, lib.og_pick.restype = [c_void_p, c_int64, c_void_p, c_void_p], c_int64
     lib.og_sum_exp.argtypes, lib.og_sum_exp.restype = [c_void_p, c_int64, c_float], ctypes.c_double
     lib.og_pack.argtypes = [c_void_p] * 4
     lib.og_pack_gguf.argtypes = [c_void_p, c_int64]
@@ -135,7 +94,7 @@ def _fits(lib: ctypes.CDLL) -> bool:
         return False
     lib.og_layout.restype = c_int64
     layout = 0
-    for struct in (ModelStruct, LayerStruct, PoolStruct, Batch):
+    for struct in (ModelStruct, LayerStruct, PoolStruct, Batch, StreamStruct, BurstStruct):
         layout = layout * 1024 + ctypes.sizeof(struct)
     return bool(lib.og_layout() == layout)
 
@@ -345,6 +304,20 @@ def sum_exp(row: Tensor, peak: float) -> float | None:
         return None
     assert row.dtype == torch.float32 and row.device.type == "cpu"
     return float(lib.og_sum_exp(row.data_ptr(), row.numel(), peak))
+
+
+def pick(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int | None:
+    """`ops.sampling.pick`; None without the library."""
+    lib = library()
+    if lib is None or not row.is_contiguous():
+        return None
+    assert row.dtype == torch.float32 and row.device.type == "cpu"
+    sampling = SamplingStruct(temperature, top_p, min_p, top_k)
+    found = int(lib.og_pick(row.data_ptr(), row.numel(), ctypes.byref(sampling), ctypes.byref(c_double(u))))
+    if found == -2:
+        raise MemoryError(f"no memory to draw from {row.numel()} tokens")
+    assert found >= 0, "no token is possible"
+    return found
 
 
 def unpack_gguf(kind: str, blocks: Tensor, q: Tensor, scale: Tensor, minimum: Tensor | None) -> bool:

@@ -83,6 +83,8 @@ def pick(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
     logits = row.numpy()
     if temperature < GREEDY_BELOW:
         return int(logits.argmax())
+    if (drawn := native.pick(row, temperature, top_k, top_p, min_p, u)) is not None:
+        return drawn
     weights = (row - float(logits.max())).mul_(_LOG2E / temperature).exp2_()
     likeliness = weights.numpy()  # relative to the likeliest token
     if top_k == 0 and top_p >= 1.0 and min_p == 0.0:

@@ -5,7 +5,7 @@
     await worker.submit(Job(ids, params, answer, outlet))
     async for index, event in outlet: ...
 
-Handlers and engine never wait for each other. A pass's tokens go to the event loop in one call; there they become
+Handlers and engine never wait for each other. A step's tokens go to the event loop in one call; there they become
 events and lie in the job's outlet until its reader takes them. Of a reader that lags pieces of text are joined, so an
 outlet holds no more than the answer does, however slow the reader is.
 """
@@ -127,7 +127,7 @@ class Job:
     def n_prompt(self) -> int:
         return len(self.ids)
 
-    def take(self, step: Step, now: float) -> bool:
+    def take(self, step: Step) -> bool:
         """One step, in the event loop; False when the engine need not go on."""
         if self.cancelled or self.answer.finished:
             return True
@@ -137,9 +137,9 @@ class Job:
             self.outlet.fail(ApiError("the answer was cut off: the server is stopping", None, 503))
         else:
             if step.token_id != NO_TOKEN:
-                self.on_token(now - (self.timing.last or self.timing.start))
-                self.timing.first = self.timing.first or now
-                self.timing.last = now
+                self.on_token(step.at - (self.timing.last or self.timing.start))
+                self.timing.first = self.timing.first or step.at
+                self.timing.last = step.at
                 self.n_reused = step.n_reused
             self.outlet.put(self.index, self.answer.feed(step))
         return not self.answer.stopped
@@ -170,7 +170,7 @@ class Worker:
 
     def stop(self) -> None:
         """Cut off what runs and end the thread."""
-        self._inbox.put(None)
+        self._tell(None)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -190,11 +190,11 @@ class Worker:
         """End a job at once and free what it held; nothing more goes to its outlet."""
         if job in self.live:
             job.cancelled = True
-            self._inbox.put(lambda: self._drop(job))
+            self._tell(lambda: self._drop(job))
             self._ended(job)
 
     async def call(self, work: Callable[[], T]) -> T:
-        """The result of work done in the worker's thread, between two passes."""
+        """The result of work done in the worker's thread, between two passes; the engine is not long in coming."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -204,18 +204,23 @@ class Worker:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._inbox.put(run)
+        self._tell(run)
         return await asyncio.wrap_future(future)
+
+    def _tell(self, command: Callable[[], None] | None) -> None:
+        """Have the thread do something, None: end, after the pass that runs."""
+        self._inbox.put(command)
+        self.engine.interrupt()
 
     def _ended(self, job: Job) -> None:
         if job in self.live:
             self.live.discard(job)
             job.on_end(job)
 
-    def _deliver(self, batch: list[tuple[Job, Step]], now: float) -> None:
+    def _deliver(self, batch: list[tuple[Job, Step]]) -> None:
         for job, step in batch:
-            if not job.take(step, now):
-                self._inbox.put(lambda job=job: self._drop(job))  # type: ignore[misc]
+            if not job.take(step):
+                self._tell(lambda job=job: self._drop(job))  # type: ignore[misc]
             if step.finish_reason is not None or job.answer.finished:
                 self._ended(job)
 
@@ -245,21 +250,21 @@ class Worker:
             steps = [Step(NO_TOKEN, 0.0, "error", request_id=id, error=error) for id in self._jobs]
             for id in self._jobs:
                 self.engine.cancel(id)
-        now = time.perf_counter()
         batch = [(self._jobs[s.request_id], s) for s in steps if s.request_id in self._jobs]
         for _, step in batch:
             if step.finish_reason is not None:
                 self._jobs.pop(step.request_id, None)
         if batch:
-            self._to_loop(batch, now)
+            self._to_loop(batch)
+        now = time.perf_counter()
         if now - self._stats_at > _STATS_S or not self.engine.has_work:
             self._stats_at = now
             self._on_stats(self.engine.describe())
 
-    def _to_loop(self, batch: list[tuple[Job, Step]], now: float) -> None:
+    def _to_loop(self, batch: list[tuple[Job, Step]]) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._deliver, batch, now)
+            self._loop.call_soon_threadsafe(self._deliver, batch)
         except RuntimeError:
             log.debug("the event loop is closed: %d tokens were dropped", len(batch))
 

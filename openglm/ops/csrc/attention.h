@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kv.h"
+#include "logits.h"
 
 namespace {
 
@@ -309,7 +310,8 @@ template <class S> void gather(const OgMatrix *w, int64_t row, float *out) {
 // Constant, so that nothing of an instruction set runs when the library is loaded.
 template <class S> constexpr OgKernels table(const char *name) {
   return {name,        S::lanes,  S::tokens,   quantise<S>, norm<S>,  product<S>,
-          activate<S>, rotate<S>, store_kv<S>, attend<S>,   join_segments<S>, sum_exp<S>, gather<S>};
+          activate<S>, rotate<S>, store_kv<S>, attend<S>,   join_segments<S>, sum_exp<S>, gather<S>,
+          largest<S>,  likeliness<S>};
 }
 
 } // namespace

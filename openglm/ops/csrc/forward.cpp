@@ -357,7 +357,11 @@ void reserve(const Pass &p, Workspace &w) {
 
 // Sizes of the structures, for a caller to see whether it was written for this library.
 OG_API int64_t og_layout() {
-  return ((sizeof(OgModel) * 1024 + sizeof(OgLayer)) * 1024 + sizeof(OgPool)) * 1024 + sizeof(OgBatch);
+  int64_t layout = 0;
+  for (int64_t n :
+       {sizeof(OgModel), sizeof(OgLayer), sizeof(OgPool), sizeof(OgBatch), sizeof(OgStream), sizeof(OgBurst)})
+    layout = layout * 1024 + n;
+  return layout;
 }
 
 OG_API void *og_workspace_new() { return new openglm::Workspace; }

@@ -78,6 +78,39 @@ struct OgBatch {
   float *logits;          // (n_outputs, vocab_size)
 };
 
+struct OgSampling { // how a request draws its tokens: fields of SamplingParams
+  double temperature, top_p, min_p;
+  int64_t top_k;
+  uint64_t seed;
+};
+
+struct OgStream { // a request that decodes, one token a step
+  int64_t id;               // its last token, which has yet to run
+  int32_t start, axes;      // tokens in the pool
+  const int32_t *pages;     // with room for every step
+  const int64_t *positions; // (axes, n), rows `stride` apart: of that token, and those behind it
+  int64_t stride;
+  OgSampling sampling;
+  int64_t n_drawn; // number of its next draw
+  const int64_t *stop_ids;
+  int64_t n_stop_ids;
+};
+
+// Steps of decoding. They end with the first one in which a request draws a stop id or has logits that are no numbers,
+// when another one would take longer than `most_seconds` in all, and when someone sets `wanted`.
+struct OgBurst {
+  int32_t n_streams, n_steps; // at most
+  int64_t n_ids;              // ids from here on are never drawn
+  double most_seconds;
+  const OgStream *streams;
+  const int32_t *wanted;
+  int64_t *ids;     // (n_steps, n_streams): what was drawn; -1 where the logits hold NaN or infinity
+  double *logprobs; // (n_steps, n_streams)
+  double *seconds;  // (n_steps): from the call to the end of the step
+};
+
+OG_API int og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace);
+
 // Activations quantised for a product: symmetric INT8, blocks of 32 columns to a scale, padded with zeros. In tiles of
 // as many tokens as a kernel takes at once (OgKernels.tokens), a block of all of them side by side.
 struct OgActivations {
@@ -121,6 +154,8 @@ struct OgKernels {
   void (*join_segments)(const OgTile *tile, int64_t n, float *scratch); // n of them, side by side at `partial`
   double (*sum_exp)(const float *x, int64_t n, float peak); // of exp(x - peak); peak: the largest
   void (*gather)(const OgMatrix *w, int64_t row, float *out); // one row, dequantised
+  int64_t (*largest)(const float *x, int64_t n);
+  double (*likeliness)(const float *x, int64_t n, float peak, float factor, float *out);
 };
 
 // Query rows that `attend` handles at once, and keys that it has in one softmax.

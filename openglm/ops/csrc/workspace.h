@@ -12,8 +12,6 @@ namespace openglm {
 
 const OgKernels *kernels(); // dispatch.cpp
 
-namespace {
-
 struct Buffer { // grows, is never cleared; lines of the cache are not shared with others
   std::unique_ptr<char[]> memory;
   size_t size = 0;
@@ -36,16 +34,20 @@ struct Quantised { // activations of one input, with their memory
   }
 };
 
+struct Drawing { // of a token (draw.cpp)
+  Buffer weights, sums, tokens;
+};
+
 struct Mine { // what each thread has for itself
   Buffer x, scratch, gate;
   Quantised activations;
+  Drawing drawing;
 };
 
 struct Workspace {
-  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide, segments, unfinished;
+  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide, segments, unfinished, logits;
   Quantised activations, activations_ffn;
   std::vector<Mine> mine;
 };
 
-} // namespace
 } // namespace openglm
