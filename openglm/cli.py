@@ -38,7 +38,10 @@ __all__ = ["COMMANDS", "Command", "main"]
 
 SOURCES = "txt, md, jsonl[.zst|.gz], parquet, or a hub data set id"
 FIELD = "field of jsonl and parquet rows that holds the text (default: text)"
-USER_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+USER_ERRORS = (
+    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError,
+    FloatingPointError,  # of damaged weights, or a type too small for them
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

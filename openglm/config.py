@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -52,9 +53,9 @@ class RopeConfig:
             raise ValueError(f"rope.fraction must be in (0, 1], not {self.fraction}")
         if self.axes not in (1, 2):
             raise ValueError(f"rope.axes must be 1 or 2, not {self.axes}")
-        if self.theta <= 1.0:
+        if not 1.0 < self.theta < math.inf:
             raise ValueError(f"rope.theta must be above 1, not {self.theta}")
-        if min(self.position_scale, self.yarn_factor, self.llama3_factor) < 1.0:
+        if not all(1.0 <= x < math.inf for x in (self.position_scale, self.yarn_factor, self.llama3_factor)):
             raise ValueError("rope.position_scale, rope.yarn_factor and rope.llama3_factor must be 1 (off) or more")
         if self.yarn_factor > 1.0 and (self.yarn_context < 1 or self.axes != 1):
             raise ValueError("rope.yarn_factor needs rope.yarn_context, the context trained on, and one axis")
@@ -104,6 +105,9 @@ class GLMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("sandwich", "qkv_bias", "linear_bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not isinstance(self.norm_eps, (int, float)) or not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, not {self.norm_eps!r}")
         for name, known in _CHOICES.items():

@@ -8,12 +8,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from openglm.cli import main
 from openglm.config import GLMConfig, RopeConfig
 from openglm.convert import convert
 from openglm.convert import plan as plan_module
@@ -78,3 +81,19 @@ def test_a_killed_conversion_ends_with_the_same_bytes(
     assert not run(arguments[0], str(tmp_path / "whole"), format)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+@pytest.mark.parametrize("format", ["openglm", "hf", "gguf", "sat"])
+def test_a_full_disk_is_said_and_continued_after(format: str, shared_data: Path, tmp_path: Path) -> None:
+    """In a process that may write files of 200 kB at most, which writes then fail like on a full disk."""
+    source = shared_data / "golden" / ("glm-130b/mp1" if format == "sat" else "glm-4-9b")
+    target = tmp_path / ("m.gguf" if format == "gguf" else "m")
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); " \
+        "from openglm.cli import main; sys.exit(main(sys.argv[1:]))"  # fmt: skip
+    arguments = ["convert", str(source), str(target), "--format", format]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"openglm: error: disk full while writing {target}: free some")
+    assert not target.exists()
+    assert main(arguments) == 0
+    assert open_model(target).names()

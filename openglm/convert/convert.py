@@ -9,6 +9,7 @@ and what is finished of a GGUF file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -95,7 +96,10 @@ def convert(
     shapes = {n: tuple(t.shape) for n, t in Transformer(opened.config, device="meta").state_dict().items()}
     plan = Plan(opened, spec, DTYPES[dtype] if dtype else None, shapes)
     if format == "gguf":
-        return replace(_to_gguf(reference, Path(target), plan), **vision)
+        try:
+            return replace(_to_gguf(reference, Path(target), plan), **vision)
+        except OSError as error:
+            raise _disk_error(target, error) from error
     ids = None
     if spec is not None and spec.calibrated and format == "openglm":
         ids = _calibration_ids(reference, spec, calibration)
@@ -114,10 +118,22 @@ def convert(
     except ValueError:
         out.discard_if_empty()
         raise
+    except OSError as error:
+        raise _disk_error(target, error) from error
     n_bytes = sum(entry["bytes"] for entry in out.sums.values() if entry["tensors"])
     out.commit()
     method = None if spec is None else spec.method
     return Converted(Path(target), n_bytes, n_tensors, out.continued, method, **vision)
+
+
+def _disk_error(target: str | Path, error: OSError) -> OSError | ValueError:
+    """A full disk in one line; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return ValueError(
+        f"disk full while writing {target}: free some space and give the same command again to continue, "
+        "or another target"
+    )
 
 
 def _left_behind(opened: OpenedModel, text_only: bool) -> dict[str, Any]:

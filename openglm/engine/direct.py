@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openglm.config import GLMConfig
 from openglm.engine.beam import Beam, BeamSearch
+from openglm.engine.sampler import DAMAGED
 from openglm.model.batch import ForwardBatch, PromptLayout, prompt_layout
 from openglm.model.cache import KVCache
 from openglm.model.transformer import Transformer
@@ -103,7 +104,10 @@ class Direct:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """`Engine.logits`."""
-        return self.model.logits(self._hidden(check_ids(ids, self.config)))[0]
+        logits = self.model.logits(self._hidden(check_ids(ids, self.config)))[0]
+        if not logits.isfinite().all():
+            raise FloatingPointError(DAMAGED)
+        return logits
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int], start: int) -> Tensor:
@@ -118,7 +122,10 @@ class Direct:
             rows, wanted = hidden[first : first + _SCORE_ROWS], targets[first : first + _SCORE_ROWS, None]
             logits = self._masked(self.model.logits(rows))
             parts.append(logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1))
-        return torch.cat(parts)
+        found = torch.cat(parts)
+        if found.isnan().any():
+            raise FloatingPointError(DAMAGED)
+        return found
 
     @torch.inference_mode()
     def top_logprobs(self, ids: Sequence[int], k: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:

@@ -7,6 +7,7 @@ A LoRA is added to each weight as it is read (W + alpha / r * B A), so loading m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def _with_lora(opened: OpenedModel, folder: Path) -> OpenedModel:
         ours: theirs for ours, theirs in names_of(family, opened.config).items()
         if any(name in pairs for name in theirs)
     }  # fmt: skip
-    rank_scale = _scales(settings)
+    rank_scale = _scales(settings, folder)
 
     def change(name: str, weight: Weight) -> Weight:
         if opened.change is not None:
@@ -137,7 +138,7 @@ def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(f"{folder}: a LoRA with trained biases ({settings['bias']}) is not supported")
 
 
-def _scales(settings: Mapping[str, Any]) -> Any:
+def _scales(settings: Mapping[str, Any], folder: Path) -> Any:
     """(tensor name, rank) -> alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, with PEFT's patterns."""
     import re
 
@@ -146,7 +147,14 @@ def _scales(settings: Mapping[str, Any]) -> Any:
         return next((v for k, v in table.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
     def scale(name: str, rank: int) -> float:
-        alpha = float(pattern(settings.get("alpha_pattern") or {}, name, settings["lora_alpha"]))
+        alpha, said = (
+            float(pattern(settings.get(table) or {}, name, settings.get(field, 8)))  # which is PEFT's default
+            for field, table in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+        )
+        if said != rank:
+            raise ValueError(f"{folder}: {name} has rank {rank}, but {ADAPTER_CONFIG} says {said:g}: they belong apart")
+        if not math.isfinite(alpha):
+            raise ValueError(f"{folder}: lora_alpha must be a number, not {alpha}")
         return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
     return scale

@@ -30,7 +30,7 @@ def hf_architecture(config: GLMConfig, family: str = "", qwen_text: bool = True)
     plain = c.norm == "rms" and c.residual == "stream" and c.mlp == "swiglu" and not c.linear_bias
     if not plain or c.mask != "causal" or c.positions != "rope" or c.rope.axes != 1:
         what = "prefix-bidirectional mask" if c.mask == "prefix" else "block"
-        raise ValueError(f"Hugging Face has no architecture with this model's {what}: use --format openglm or sat")
+        raise ValueError(f"Hugging Face has no architecture with this model's {what}: use --format openglm")
     if c.rope.freq_dtype != "float32":
         raise ValueError("Hugging Face has no architecture with rotary frequencies in half precision: use openglm")
     if c.sandwich:

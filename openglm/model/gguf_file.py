@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from openglm.model.gguf_types import TYPES, type_name
+from openglm.model.sources import LFS
 
 __all__ = ["ARRAY", "SCALARS", "STRING", "GgufFile", "GgufTensor"]
 
@@ -54,7 +55,9 @@ class GgufFile:
         try:
             self._size = self.path.stat().st_size
             with open(self.path, "rb") as file:
-                if file.read(4) != MAGIC:
+                if (start := file.read(len(LFS)))[:4] != MAGIC:
+                    if start == LFS:
+                        raise ValueError(f"{self.path} is a pointer of Git LFS, not the file itself: run git lfs pull")
                     raise ValueError(f"{self.path} is not a GGUF file (it does not begin with GGUF): check the path")
                 # Private, so that PyTorch may view it as writable memory; nothing writes to it.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

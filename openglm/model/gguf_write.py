@@ -49,7 +49,7 @@ def architecture_of(config: GLMConfig) -> str:
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise ValueError(
-                f"GGUF has no architecture with {name} {getattr(config, name)!r}: convert to openglm or sat instead"
+                f"GGUF has no architecture with {name} {getattr(config, name)!r}: convert to openglm instead"
             )
     rope = config.rope
     scales = (rope.yarn_factor, rope.position_scale, rope.llama3_factor)

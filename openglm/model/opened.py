@@ -36,6 +36,7 @@ from openglm.model.transformer import Transformer
 from openglm.model.weights import FAMILIES, Family, import_parts, names_of, part_orders
 from openglm.ops.native import GgufMatrix
 from openglm.ops.quant import QuantParts, QuantTensor, Weight
+from openglm.types import SamplingParams
 
 __all__ = ["OpenedModel", "QuantisedSource", "check_tied_head", "open_model"]
 
@@ -275,7 +276,10 @@ def _check_names(opened: OpenedModel, names: frozenset[str]) -> None:
         raise ValueError(f"{opened.path} lacks {describe(missing)}: fetch it again")
     left = sorted(name for name in names - wanted if not ignorable(name, opened.config))
     if left:
-        raise ValueError(f"{opened.path} holds tensors that this architecture has no use for: {describe(left)}")
+        raise ValueError(
+            f"{opened.path} holds tensors that this architecture has no use for: {describe(left)}; "
+            "config and weights belong apart"
+        )
 
 
 def check_tied_head(opened: OpenedModel, n_rows: int | None = None) -> None:
@@ -315,7 +319,10 @@ def _released_meta(path: Path, head: Mapping[str, Any], family: str, config: GLM
     """Special ids that the config itself names, stop ids and generation defaults."""
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     stops = generation.get("eos_token_id", head.get("eos_token_id"))
-    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (int(stops),)
+    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+    for stop in stop_ids:
+        if not isinstance(stop, int) or isinstance(stop, bool):
+            raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {stops!r}")
     special: dict[str, int] = {}
     if family == "chatglm-6b":
         head = {name: value for name, value in head.items() if value is not None}
@@ -327,7 +334,12 @@ def _released_meta(path: Path, head: Mapping[str, Any], family: str, config: GLM
         }  # fmt: skip
     elif family == "glm-10b":
         special = _sat_special_ids(head, family, config)
-    return CheckpointMeta(special, stop_ids, generation=_generation(generation), **our_fields(head))
+    kept = _generation(generation)
+    try:
+        SamplingParams(**kept)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'generation_config.json'}: {error}") from None
+    return CheckpointMeta(special, stop_ids, generation=kept, **our_fields(head))
 
 
 def _generation(values: Mapping[str, Any]) -> dict[str, Any]:

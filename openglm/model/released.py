@@ -24,6 +24,10 @@ KNOWN = (
     "GGUF files, and our own"
 )
 Shape = Callable[[str], tuple[int, ...]]
+_FLAGS = (
+    "add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm", "mlp_bias",
+    "multi_query_attention", "rmsnorm", "tie_word_embeddings", "use_sliding_window",
+)  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,6 +50,8 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
     c = {name: value for name, value in c.items() if value is not None or name == "sliding_window"}
     shape = _checked(shape, folder)
     try:
+        for name in (name for name in _FLAGS if not isinstance(c.get(name, False), bool)):
+            raise ValueError(f"{name} must be true or false, not {c[name]!r}")
         if kind == "chatglm" and "transformer.word_embeddings.weight" in names:
             return "chatglm-6b", _chatglm_6b(c, shape)
         if kind == "chatglm":
@@ -58,6 +64,9 @@ def released_config(c: Mapping[str, Any], folder: Path, names: frozenset[str], s
             return "hf-llama", _hf_llama(c, kind, names)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]!r}: fetch it again") from None
+    except ValueError as error:  # with the file's whole name, which what found the mistake does not know
+        text = str(error).removeprefix("config.json: ")
+        raise ValueError(text if text.startswith(str(folder)) else f"{folder / 'config.json'}: {text}") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} has a field of a wrong type ({error}): fetch it again") from None
     raise ValueError(f"{folder / 'config.json'} has the unknown model_type {kind!r}; known: {KNOWN}")
@@ -97,7 +106,9 @@ def _chatglm2(c: Mapping[str, Any], folder: Path, names: frozenset[str], shape: 
         if c.get(field, only) != only:
             raise ValueError(f"config.json: {field} {c[field]} was never released and is not supported")
     n_layers, heads, dim = c["num_layers"], c["num_attention_heads"], c["hidden_size"]
-    ratio, scale = float(c.get("rope_ratio") or 1.0), 1.0
+    ratio, scale = float(c.get("rope_ratio", 1.0)), 1.0
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"rope_ratio must be a positive number, not {c['rope_ratio']!r}")
     if ratio != 1.0 and _divides_positions(c, folder):
         ratio, scale = 1.0, ratio
     linear_bias = bool(c.get("add_bias_linear", False))
@@ -151,7 +162,7 @@ def _rope(c: Mapping[str, Any], fraction: float) -> RopeConfig:
     scaling = _scaling(c)
     if layered := sorted(name for name, value in scaling.items() if isinstance(value, dict)):
         raise ValueError(f"config.json: rotary fields of their own for {layered[0]} are not supported")
-    theta = float(scaling.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    theta = next(float(v) for v in (scaling.get("rope_theta"), c.get("rope_theta"), 10000.0) if v is not None)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta, fraction=fraction)

@@ -146,7 +146,8 @@ def pack_thudm_quant(weight: QuantTensor) -> tuple[Tensor, Tensor]:
     if weight.minimum is not None or weight.scale.shape[1] != 1:
         raise ValueError(
             "a quantised matrix whose rows have several scales (groups of columns, or ranks scaled apart) or a minimum "
-            "has no form there: start from unquantised weights, with --quantize int4 --group row"
+            "has no form there: give --tp with the ranks that they were scaled for, or start from unquantised weights, "
+            "with --quantize int4 --group row"
         )
     scale = weight.scale[:, 0].contiguous()
     if weight.bits == 8:

@@ -178,8 +178,13 @@ def write_torch_file(
 
     with FakeTensorMode():
         state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({"module": state}, path)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({"module": state}, path)
+    except RuntimeError:  # which says nothing of a full disk, as a write of our own does
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+        raise
     places = open_file(path)
     with open(path, "r+b") as file:
         for name in tensors:

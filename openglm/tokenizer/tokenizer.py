@@ -202,6 +202,9 @@ class Tokenizer:
                 continue
             except OSError as error:
                 raise ValueError(f"no tokenizer in {folder}: cannot read {name} ({error.strerror})") from error
+        for name, content in files.items():
+            if content.startswith(b"version https://git-lfs"):
+                raise ValueError(f"{folder / name} is a pointer of Git LFS, not the file itself: run git lfs pull")
         if not files.keys() & _VOCABULARIES:
             raise ValueError(
                 f"no tokenizer in {folder}: {MODEL_FILE} is missing; "
