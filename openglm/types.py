@@ -190,6 +190,8 @@ class Message:
         if role not in ROLES:
             raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}")
         if content is None:
+            if role != "assistant" and "content" not in value:
+                raise ValueError(f"{where}.content is missing: give the text of the message")
             content = ""
         if not isinstance(content, str):
             raise ValueError(f"{where}.content must be text, not {type(content).__name__}")

@@ -166,6 +166,7 @@ def test_a_request_says_what_was_asked() -> None:
     ("arguments", "sampling", "words"),
     [
         ([{"role": "user", "text": "x"}], {}, "messages[0] has an unknown field 'text'"),
+        ([{"role": "user"}], {}, "messages[0].content is missing"),
         (HELLO, {"temprature": 1}, "no sampling option 'temprature' for a server (did you mean 'temperature'?)"),
         (HELLO, {"grammar": Grammar("regex", "a+")}, "no grammar of kind regex"),
         ([Message("tool", "1")], {}, "no message before it called"),
