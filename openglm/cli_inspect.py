@@ -82,6 +82,8 @@ def inspect_value(o: argparse.Namespace) -> dict[str, Any]:
         "bytes_by_precision": dtypes,
         "weight_bytes": sum(n_bytes.values()),
         "weight_bytes_by_part": n_bytes,
+        "adapters": [str(folder) for folder in opened.adapters],
+        "prefix_tokens": 0 if opened.kv_prefix is None else opened.kv_prefix.shape[3],
         "vision_tensors": len(vision),
         "vision_bytes": sum(vision.values()),
         "context": config.max_seq_len,
@@ -107,13 +109,16 @@ def inspect_print(value: dict[str, Any]) -> None:
                   f"{config['n_heads']} heads ({config['n_kv_heads']} of keys and values) of {config['head_dim']}, "
                   f"mlp {config['ffn_dim']}, vocabulary {config['vocab_size']:,}"),
         ("block", f"{config['norm']} norm{' (sandwich)' if config['sandwich'] else ''}, {config['residual']} residual, "
-                  f"{config['mlp']}, {config['rope']['axes']}-axis rope over {config['rope']['fraction']:g} of a head"),
+                  f"{config['mlp']}, {_positions(config)}"),
         ("mask", mask),
         ("context", f"{value['context']:,} tokens, {_size(value['kv_bytes_per_token'])} of cache each"),
         ("parameters", f"{value['parameters']:,}"),
         ("precision", ", ".join(f"{kind} {_size(value['bytes_by_precision'][kind])}" for kind in value["precision"])),
         ("bytes", f"{_size(value['weight_bytes'])}: " + ", ".join(
             f"{part} {_size(n)}" for part, n in value["weight_bytes_by_part"].items() if n)),
+        *[("adapter", f"LoRA of {folder}, added to the weights as they are read") for folder in value["adapters"]],
+        *[("adapter", f"P-Tuning v2 prefix of {value['prefix_tokens']} tokens")
+          for _ in range(value["prefix_tokens"] > 0)],
         *[("vision", f"{value['vision_tensors']} tensors, {_size(value['vision_bytes'])}, which are not loaded")
           for _ in range(value["vision_tensors"] > 0)],
         ("tokenizer", value["tokenizer"] or "none: takes token ids only"),
@@ -124,6 +129,15 @@ def inspect_print(value: dict[str, Any]) -> None:
     ]  # fmt: skip
     for name, text in rows:
         print(f"{name:<12} {text}")
+
+
+def _positions(config: dict[str, Any]) -> str:
+    rope = config["rope"]
+    if config["positions"] == "learned":
+        return "two tables of learned positions"
+    scaling = {"divided positions": "position_scale", "YaRN": "yarn_factor", "Llama 3.1's scaling": "llama3_factor"}
+    scaled = [f", {name} by {rope[field]:g}" for name, field in scaling.items() if rope[field] > 1]
+    return f"{rope['axes']}-axis rope over {rope['fraction']:g} of a head, base {rope['theta']:g}{''.join(scaled)}"
 
 
 def stored_bytes(opened: OpenedModel) -> tuple[dict[str, int], dict[str, int]]:

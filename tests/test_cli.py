@@ -252,6 +252,16 @@ def test_a_vision_tower_is_spoken_of(cli: Cli, shared_data: Path, tmp_path: Path
     assert code == 0 and f"left out: the vision tower, {n} tensors" in out
 
 
+def test_adapters_and_positions_are_spoken_of(cli: Cli, shared_data: Path) -> None:
+    prefix = shared_data / "golden" / "ptuning-v2-chatglm-6b" / "plain"
+    n = json.loads((prefix / "config.json").read_text())["pre_seq_len"]
+    assert last_json(cli("inspect", prefix, "--json")[1])["prefix_tokens"] == n > 0
+    assert f"prefix of {n} tokens" in cli("inspect", shared_data / "golden/chatglm-6b", "--adapter", prefix)[1]
+    assert "prefix of" not in cli("inspect", shared_data / "golden/chatglm-6b")[1]
+    assert "learned positions" in cli("inspect", shared_data / "golden/glm-10b/mp1")[1]
+    assert "base 5e+06" in cli("inspect", shared_data / "golden/glm-4-9b")[1]  # rope_ratio 500
+
+
 def test_inspect_reads_no_weights(
     cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
