@@ -62,7 +62,7 @@ def serve(
     logging.basicConfig(format="openglm: %(message)s", level=logging.WARNING)
     options = uvicorn.Config(
         create_app(service), log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(config.grace_s) or 1, server_header=False, lifespan="on",
+        timeout_graceful_shutdown=int(config.grace_s) or 1, server_header=False, lifespan="on", ws="none",
     )  # fmt: skip
     server = _Server(options, service)
     with listener:
