@@ -8,9 +8,13 @@ Those of 64-bit ARM run too, under an emulator, where there is a cross compiler 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -374,3 +378,15 @@ def test_a_library_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native, "LayerStruct", Longer)
     assert native.library.__wrapped__() is None
     assert "python -m openglm.ops.build" in capsys.readouterr().err
+
+
+def test_without_the_library_the_same_is_said(tiny_checkpoint: Path) -> None:
+    """As on a machine that has no C++ compiler."""
+    command = [sys.executable, "-m", "openglm", "generate", str(tiny_checkpoint), "--prompt", "The history of the city"]
+    command += ["--temperature", "0", "--max-new-tokens", "6"]
+    said = [
+        subprocess.run(command, env=os.environ | {"OPENGLM_NATIVE": n}, capture_output=True, text=True, timeout=120)
+        for n in ("1", "0")
+    ]
+    assert [(done.returncode, done.stderr) for done in said] == [(0, ""), (0, "")]
+    assert said[0].stdout == said[1].stdout != ""

@@ -277,6 +277,8 @@ class GgufMatrix:
 
 def pack_gguf(jobs: Sequence[tuple[GgufMatrix, PackedMatrix]]) -> None:
     """Fill packed matrices that `empty` made, in one call which leaves the interpreter to others meanwhile."""
+    if not jobs:  # without the library there are none
+        return
     lib = library()
     assert lib is not None
     structs = (GgufMatrixStruct * len(jobs))()
