@@ -170,3 +170,30 @@ def test_a_context_in_pieces_equals_the_whole(weights: Transformer, kv_dtype: st
 
     whole = run([230])
     assert torch.equal(run([100, 100, 30]), whole) and torch.equal(run([1] * 230), whole)
+
+
+@needs_library
+@pytest.mark.parametrize("preset", ["glm-edge-1.5b", "glm-4-9b-0414", "glm-130b"])
+def test_few_wanted_logits_are_those_among_all(preset: str) -> None:
+    """Where few logits are wanted the last layer leaves out most tokens; their keys and values are there all the same."""
+    made = openglm.load(TINY.replace("glm-edge-1.5b", preset) + "&quantize=int4", device="cpu").engine.model
+    lengths = (21, 50, 3)
+    ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+    def run(runner: NativeRunner, wanted: tuple[int, ...]) -> torch.Tensor:
+        positions = [torch.arange(n)[None] for n in lengths]
+        pages = [range(0, 2), range(2, 7), range(7, 9)]
+        given = zip(ids, positions, pages, wanted, strict=True)
+        return runner.run([Chunk(i, 0, where, page, n_logits=n) for i, where, page, n in given])
+
+    def next_logits(runner: NativeRunner) -> torch.Tensor:
+        return runner.run([Chunk([5], 50, torch.tensor([[50]]), range(2, 7), n_logits=1)])
+
+    whole = NativeRunner(made, n_pages=9)
+    everything = run(whole, lengths).split(lengths)
+    for wanted in ((0, 0, 0), (0, 1, 0), (1, 1, 1), (2, 9, 3), (0, 30, 0)):
+        few = NativeRunner(made, n_pages=9)
+        got = run(few, wanted).split(wanted)
+        for part, all_of_it, n in zip(got, everything, wanted, strict=True):
+            assert torch.equal(part, all_of_it[len(all_of_it) - n :])
+        assert torch.equal(next_logits(few), next_logits(whole))

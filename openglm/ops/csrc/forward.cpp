@@ -185,7 +185,17 @@ struct Pass {
     return size;
   }
 
+  // Whether the last layer can leave out most tokens: only those whose logits are wanted need more of it than their
+  // keys and values.
+  bool cuts() const { return T > FEW && 2 * b.n_outputs <= T && !m.normed_residual; }
+
+  bool wanted(int64_t first, int64_t last) const { // whether logits of one of these tokens are
+    const int32_t *next = std::lower_bound(b.outputs, b.outputs + b.n_outputs, (int32_t)first);
+    return next < b.outputs + b.n_outputs && *next < last;
+  }
+
   void attend(int thread, int64_t layer, float *qkv, float *out) {
+    const bool all = layer + 1 < m.n_layers || !cuts();
     const int64_t hd = m.head_dim, G = m.n_kv_heads, group = m.n_heads / G;
     const int64_t qkv_dim = (m.n_heads + 2 * G) * hd, out_dim = m.n_heads * hd;
     if (b.n_chunks == b.n_tokens) return attend_singly(thread, layer, qkv, out);
@@ -205,6 +215,7 @@ struct Pass {
       for (; next < before + tiles; next = take(1)) { // from behind: the last ones have most keys, small ones fill up
         int64_t g = (next - before) % G, first = (tiles - 1 - (next - before)) / G * per_tile;
         int64_t n = std::min(per_tile, chunk.n_tokens - first), head = g * group * hd;
+        if (!all && !wanted(token + first, token + first + n)) continue;
         OgTile tile = {&pool, &chunk, layer, G, g, group, hd, first, n, qkv + (token + first) * qkv_dim + head,
                        out + (token + first) * out_dim + head, qkv_dim, out_dim, 0, nullptr};
         k.attend(&tile, scratch);
@@ -297,25 +308,47 @@ struct Pass {
     float *h = w.h.get<float>(0), *qkv = w.qkv.get<float>(T * qkv_dim), *attended = w.attended.get<float>(T * H);
     for (int64_t i = 0; i < m.n_layers; i++) {
       const OgLayer &layer = m.layers[i];
-      Input in = prepare(thread, h, D, T, &layer.norm1, layer.qkv);
-      const float *x = in.x; // a normed residual wants it again: `prepare` without a norm leaves its buffer alone
+      const Input in = prepare(thread, h, D, T, &layer.norm1, layer.qkv);
       linear(thread, layer.qkv, in, D, T, nullptr, 0.0f, qkv, qkv_dim);
       attend(thread, i, qkv, attended);
-      close(thread, layer.out, prepare(thread, attended, H, T, nullptr, layer.out), H, x, layer.post_norm1);
-      in = prepare(thread, h, D, T, &layer.norm2, layer.up);
-      x = in.x;
-      Input mid = middle(thread, layer, in);
-      close(thread, layer.down, mid, m.ffn_dim, x, layer.post_norm2);
+      if (i + 1 == m.n_layers && cuts()) return end(thread, layer, attended);
+      go_on(thread, layer, attended, in.x);
     }
-    finish(thread);
+    finish(thread, b.outputs);
   }
 
-  void finish(int thread) {
+  // A layer behind its attention. A normed residual wants the layer's input x again: `prepare` without a norm leaves its
+  // buffer alone.
+  void go_on(int thread, const OgLayer &layer, const float *attended, const float *x) {
+    const int64_t H = m.n_heads * (int64_t)m.head_dim;
+    close(thread, layer.out, prepare(thread, attended, H, T, nullptr, layer.out), H, x, layer.post_norm1);
+    const Input in = prepare(thread, w.h.get<float>(0), D, T, &layer.norm2, layer.up);
+    close(thread, layer.down, middle(thread, layer, in), m.ffn_dim, in.x, layer.post_norm2);
+  }
+
+  // What is left of the last layer, of the tokens whose logits are wanted.
+  void end(int thread, const OgLayer &layer, float *attended) {
+    const int64_t n = b.n_outputs, H = m.n_heads * (int64_t)m.head_dim;
+    float *h = w.h.get<float>(0);
+    if (!n) return;
+    if (thread == 0)
+      for (int64_t i = 0; i < n; i++) {
+        memmove(h + i * D, h + b.outputs[i] * D, D * sizeof(float));
+        memmove(attended + i * H, attended + b.outputs[i] * H, H * sizeof(float));
+      }
+    barrier();
+    Pass rest = {m, pool, b, w, k, threads, n, D};
+    rest.go_on(thread, layer, attended, nullptr);
+    rest.finish(thread, nullptr);
+  }
+
+  // Logits of those rows of the stream; NULL: of all.
+  void finish(int thread, const int32_t *outputs) {
     const int64_t n = b.n_outputs;
     if (!n) return;
     float *h = w.h.get<float>(0), *rows = w.wide.get<float>(n * D);
     if (thread == 0)
-      for (int64_t i = 0; i < n; i++) memcpy(rows + i * D, h + b.outputs[i] * D, D * sizeof(float));
+      for (int64_t i = 0; i < n; i++) memcpy(rows + i * D, h + (outputs ? outputs[i] : i) * D, D * sizeof(float));
     barrier();
     const Input in = prepare(thread, rows, D, n, &m.norm, m.head);
     linear(thread, m.head, in, D, n, nullptr, 0.0f, b.logits, m.vocab_size);

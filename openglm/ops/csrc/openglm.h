@@ -74,7 +74,7 @@ struct OgBatch {
   const int64_t *ids;       // (n_tokens)
   const int64_t *positions; // (axes, n_tokens)
   const OgChunk *chunks;
-  const int32_t *outputs; // tokens whose logits are wanted
+  const int32_t *outputs; // tokens whose logits are wanted, upwards
   float *logits;          // (n_outputs, vocab_size)
 };
 
