@@ -114,15 +114,18 @@ def preset(name: str, **overrides: Any) -> GLMConfig:
 
 
 def parse_preset(reference: str) -> GLMConfig:
-    """Config from "glm-4-9b?n_layers=4&dim=512" (the part after "random:"); integers and floats only."""
+    """Config from "glm-4-9b?n_layers=4&dim=512" (the part after "random:"); numbers, true and false only."""
     name, _, query = reference.partition("?")
     overrides: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
         key, separator, value = part.partition("=")
         if not separator:
             raise ValueError(f"{part!r} in {reference!r} is not key=value")
+        if value in ("true", "false"):
+            overrides[key] = value == "true"
+            continue
         try:
             overrides[key] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
-            raise ValueError(f"{key}={value} in {reference!r}: the value must be a number") from None
+            raise ValueError(f"{key}={value} in {reference!r}: the value must be a number, true or false") from None
     return preset(name, **overrides)

@@ -58,7 +58,7 @@ def test_generate_shows_a_table(capsys: pytest.CaptureFixture[str], tiny_checkpo
 
 
 def test_the_table_of_an_untied_embedding_is_not_read() -> None:
-    engine = openglm.load(f"{TINY}&tie_embeddings=0&quantize=int8&embeddings=none&head=none", device="cpu").engine
+    engine = openglm.load(f"{TINY}&tie_embeddings=false&quantize=int8&embeddings=none&head=none", device="cpu").engine
     blocks = 2 * sum(rows * columns * 34 // 32 for rows, columns in ((128, 64), (64, 64), (256, 64), (64, 128)))
     head, norms = 320 * 64 * 4, 5 * 64 * 4
     assert bytes_per_pass(engine) == blocks + head + norms
@@ -72,7 +72,7 @@ def test_prompts_are_read_and_every_token_is_counted() -> None:
     facts = engine.describe()
     assert sum(seen) == 2 * 4 * 8 and facts["n_requests"] == 3 * 4 and facts["n_drawn"] == sum(seen) + 4 * 2
     assert facts["n_reused"] == 0 and facts["n_running"] == facts["n_waiting"] == 0
-    assert max(seen) == 4, "all four side by side"
+    assert max(seen) >= 4 and not any(n % 4 for n in seen), "all four side by side"
     engine.check_integrity()
 
 

@@ -85,7 +85,7 @@ def test_company_changes_not_a_bit(weights: Transformer, kv_dtype: str | None) -
 
 @needs_library
 def test_nan_ends_one_request_and_leaves_nothing_behind() -> None:
-    weights = model("&tie_embeddings=0")
+    weights = model("&tie_embeddings=false")
     weights.embed.weight[7] = float("nan")
     made, greedy = Engine(weights, {}), SamplingParams(max_new_tokens=N_NEW, temperature=0.0, logit_bias={7: -math.inf})
     ids = [[i for i in prompt if i != 7] for prompt in prompts()[:4]]
@@ -175,7 +175,7 @@ def test_a_context_in_pieces_equals_the_whole(weights: Transformer, kv_dtype: st
 @needs_library
 @pytest.mark.parametrize("preset", ["glm-edge-1.5b", "glm-4-9b-0414", "glm-130b"])
 def test_few_wanted_logits_are_those_among_all(preset: str) -> None:
-    """Where few logits are wanted the last layer leaves out most tokens; their keys and values are there all the same."""
+    """Where few logits are wanted the last layer leaves out most tokens, but not their keys and values."""
     made = openglm.load(TINY.replace("glm-edge-1.5b", preset) + "&quantize=int4", device="cpu").engine.model
     lengths = (21, 50, 3)
     ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]

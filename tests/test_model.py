@@ -167,6 +167,7 @@ def test_bad_configs(values: dict[str, object], message: str) -> None:
 
 def test_preset_references() -> None:
     assert parse_preset("glm-4-9b?n_layers=4&norm_eps=1e-6").n_layers == 4
+    assert parse_preset("glm-edge-1.5b?tie_embeddings=false&sandwich=true").sandwich
     with pytest.raises(ValueError, match="did you mean 'glm-4-9b"):
         preset("glm4-9b")
     with pytest.raises(ValueError, match="did you mean 'n_layers'"):
