@@ -118,6 +118,29 @@ def test_bursts_change_nothing(kind: str, options: dict[str, Any]) -> None:
     assert max(done for _, done in calls) > 16 and any(done < asked for asked, done in calls)
 
 
+def test_threads_that_share_a_row_of_logits_change_nothing() -> None:
+    """A vocabulary of several parts; NaN in the last one of them."""
+    config = replace(CONFIGS["causal"], vocab_size=20_000, tie_embeddings=False)
+    weights = init_weights(Transformer(config), seed=1, std=0.3).requires_grad_(False)
+    before, results = native.describe()["threads"], []
+    for n_threads, bursts, n_ids in ((1, False, 19_999), (1, True, 19_999), (3, True, 19_999), (3, True, 20_000)):
+        native.set_threads(n_threads)
+        runner = NativeRunner(weights, 64, 16)
+        one = Engine(weights, SPECIALS, n_ids, EngineOptions(), runner if bursts else StepByStep(runner))
+        streams = [one.stream(p, replace(params(i), stop_ids=())) for i, p in enumerate(prompts()[:3])]
+        for stream in streams:
+            next(stream)
+        if n_ids == 20_000:
+            assert weights.head is not None and isinstance(weights.head.weight, Tensor)
+            weights.head.weight[19_999] = float("nan")
+            for stream in streams:
+                with pytest.raises(FloatingPointError, match="no numbers"):
+                    next(stream)
+        results.append([[(step.token_id, step.logprob) for step in stream] for stream in streams])
+    native.set_threads(before)
+    assert results[0] == results[1] == results[2] and len(results[0][2]) > 20
+
+
 def test_passes_and_calls() -> None:
     """All but the first token of an answer come in bursts, each step of which counts as a pass."""
     one = made()

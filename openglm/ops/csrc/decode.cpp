@@ -26,11 +26,10 @@ struct Burst {
       : model(model), pool(pool), b(b), w(w), streams(b.streams, b.streams + b.n_streams), chunks(b.n_streams),
         ids(b.n_streams), positions(b.n_streams * std::max(model.axes, 2)), outputs(b.n_streams) {
     w.logits.get<float>((int64_t)b.n_streams * model.vocab_size);
-    w.mine.resize(n_threads());
-    for (Mine &mine : w.mine) reserve(mine.drawing, model.vocab_size);
+    draws(0).reserve(w);
   }
 
-  bool forward(float *logits) {
+  bool forward() {
     const int32_t n = b.n_streams;
     for (int32_t i = 0; i < n; i++) {
       const OgStream &s = streams[i];
@@ -39,20 +38,15 @@ struct Burst {
       outputs[i] = i;
       for (int32_t axis = 0; axis < s.axes; axis++) positions[axis * n + i] = s.positions[axis * s.stride];
     }
-    const OgBatch batch = {n, n, n, ids.data(), positions.data(), chunks.data(), outputs.data(), logits};
+    const OgBatch batch = {n, n, n, ids.data(), positions.data(), chunks.data(), outputs.data(),
+                           w.logits.get<float>(0)};
     return og_forward(&model, &pool, &batch, &w);
   }
 
-  void draw_all(int64_t step, const float *logits) {
-    parallel([&](int thread) {
-      for (int64_t i = take(1); i < b.n_streams; i = take(1)) {
-        const OgStream &s = streams[i];
-        const Drawn drawn =
-            draw(logits + i * model.vocab_size, b.n_ids, s.sampling, s.n_drawn, w.mine[thread].drawing);
-        b.ids[step * b.n_streams + i] = drawn.id;
-        b.logprobs[step * b.n_streams + i] = drawn.logprob;
-      }
-    });
+  Draws draws(int64_t step) const {
+    const int64_t n = b.n_streams;
+    float *logits = w.logits.get<float>(0);
+    return {streams.data(), logits, n, model.vocab_size, b.n_ids, b.ids + step * n, b.logprobs + step * n};
   }
 
   bool move_on(int64_t step) { // false: someone has come to its end
@@ -67,11 +61,10 @@ struct Burst {
   }
 
   int64_t run() {
-    float *logits = w.logits.get<float>(0);
     const double start = now();
     for (int64_t step = 0; step < b.n_steps; step++) {
-      if (!forward(logits)) return step;
-      draw_all(step, logits);
+      if (!forward()) return step;
+      parallel([&, draws = draws(step)](int thread) { draws.run(thread, w); });
       const double passed = b.seconds[step] = now() - start;
       const bool time_for_another = passed + passed / (double)(step + 1) <= b.most_seconds;
       if (!move_on(step) || !time_for_another || *(const volatile int32_t *)b.wanted) return step + 1;

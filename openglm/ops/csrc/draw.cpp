@@ -1,6 +1,7 @@
 // Drawing one token from a row of logits: temperature, top-k, top-p, min-p, random numbers from a seed.
 // openglm/ops/sampling.py defines all of it and is the reference.
 #include "draw.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +9,7 @@
 namespace openglm {
 namespace {
 
+const int64_t PART = 8192;       // numbers of a row that a thread takes at once
 const int64_t RUN = 512;         // numbers of a row whose sum is known
 const double LIKELY = 1e-4;      // share of the mass above which tokens are looked at first
 const double GREEDY_BELOW = 1e-5; // temperature
@@ -126,21 +128,73 @@ int64_t pick(const float *x, int64_t n, int64_t best, const OgSampling &s, doubl
   return s.top_k == 0 && s.top_p >= 1.0 && s.min_p == 0.0 ? row.any(u) : row.filtered(s, u);
 }
 
-} // namespace
-
-void reserve(Drawing &d, int64_t n) {
+void reserve_for(Drawing &d, int64_t n) {
   d.weights.get<float>(n), d.sums.get<double>(n / RUN + 1), d.tokens.get<Token>(n);
 }
 
-Drawn draw(const float *row, int64_t n, const OgSampling &s, int64_t number, Drawing &d) {
-  const int64_t best = kernels()->largest(row, n);
-  if (best < 0 || row[best] == -INFINITY) return {-1, NAN};
-  const double total = row[best] + std::log(kernels()->sum_exp(row, n, row[best]));
-  const int64_t id = s.temperature < GREEDY_BELOW ? best : pick(row, n, best, s, uniform(s.seed, number), d);
-  return {id, row[id] - total};
+int64_t n_parts(int64_t n) { return (n + PART - 1) / PART; }
+
+// Index of the largest number of a row, of equal ones the first; -1 where there is none, or NaN or infinity.
+int64_t largest_of(const float *x, int64_t n, const int64_t *of_parts) {
+  int64_t best = 0;
+  for (int64_t p = 0; p < n_parts(n); p++) {
+    if (of_parts[p] < 0) return -1;
+    if (x[of_parts[p]] > x[best]) best = of_parts[p];
+  }
+  return x[best] == -INFINITY ? -1 : best;
+}
+
+int64_t largest_of_part(const float *x, int64_t n, int64_t part) {
+  const int64_t found = kernels()->largest(x + part * PART, std::min(PART, n - part * PART));
+  return found < 0 ? -1 : part * PART + found;
+}
+
+double mass_of_part(const float *x, int64_t n, int64_t part, float peak) {
+  return kernels()->sum_exp(x + part * PART, std::min(PART, n - part * PART), peak);
+}
+
+} // namespace
+
+void Draws::reserve(Workspace &w) const {
+  w.bests.get<int64_t>(n_rows * n_parts(n_ids)), w.masses.get<double>(n_rows * n_parts(n_ids));
+  w.mine.resize(n_threads());
+  for (Mine &mine : w.mine) reserve_for(mine.drawing, n_ids);
+}
+
+void Draws::run(int thread, Workspace &w) const {
+  const int64_t parts = n_parts(n_ids);
+  int64_t *bests = w.bests.get<int64_t>(0);
+  double *masses = w.masses.get<double>(0);
+  for (int64_t at = take(1); at < n_rows * parts; at = take(1))
+    bests[at] = largest_of_part(logits + at / parts * stride, n_ids, at % parts);
+  barrier();
+  for (int64_t at = take(1); at < n_rows * parts; at = take(1)) {
+    const float *x = logits + at / parts * stride;
+    const int64_t best = largest_of(x, n_ids, bests + at / parts * parts);
+    masses[at] = best < 0 ? NAN : mass_of_part(x, n_ids, at % parts, x[best]);
+  }
+  barrier();
+  for (int64_t i = take(1); i < n_rows; i = take(1)) {
+    const float *x = logits + i * stride;
+    const OgStream &s = streams[i];
+    const int64_t best = largest_of(x, n_ids, bests + i * parts);
+    double mass = 0.0;
+    for (int64_t p = 0; p < parts; p++) mass += masses[i * parts + p];
+    ids[i] = best;
+    if (best >= 0 && s.sampling.temperature >= GREEDY_BELOW)
+      ids[i] = pick(x, n_ids, best, s.sampling, uniform(s.sampling.seed, s.n_drawn), w.mine[thread].drawing);
+    logprobs[i] = best < 0 ? NAN : x[ids[i]] - (x[best] + std::log(mass));
+  }
 }
 
 } // namespace openglm
+
+// Sum of exp(x - peak) over n numbers, peak being the largest.
+OG_API double og_sum_exp(const float *x, int64_t n, float peak) {
+  double mass = 0.0;
+  for (int64_t p = 0; p < openglm::n_parts(n); p++) mass += openglm::mass_of_part(x, n, p, peak);
+  return mass;
+}
 
 // One token of a row of logits, *u being a number in [0, 1). -1: NaN, infinity or nothing possible; -2: no memory.
 OG_API int64_t og_pick(const float *row, int64_t n, const OgSampling *sampling, const double *u) {
@@ -149,7 +203,7 @@ OG_API int64_t og_pick(const float *row, int64_t n, const OgSampling *sampling, 
   const int64_t best = kernels()->largest(row, n);
   if (best < 0 || row[best] == -INFINITY) return -1;
   try {
-    reserve(drawing, n);
+    reserve_for(drawing, n);
   } catch (const std::bad_alloc &) {
     return -2;
   }

@@ -400,9 +400,6 @@ OG_API int64_t og_layout() {
 OG_API void *og_workspace_new() { return new openglm::Workspace; }
 OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
 
-// Sum of exp(x - peak) over n numbers, peak being the largest.
-OG_API double og_sum_exp(const float *x, int64_t n, float peak) { return openglm::kernels()->sum_exp(x, n, peak); }
-
 // 1; 0 where there is no memory for a pass of so many tokens, and nothing was computed.
 OG_API int og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
   using namespace openglm;

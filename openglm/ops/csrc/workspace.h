@@ -45,7 +45,7 @@ struct Mine { // what each thread has for itself
 };
 
 struct Workspace {
-  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide, segments, unfinished, logits;
+  Buffer h, x, qkv, attended, middle, y, cosines, sines, wide, segments, unfinished, logits, bests, masses;
   Quantised activations, activations_ffn;
   std::vector<Mine> mine;
 };
