@@ -284,7 +284,7 @@ class Engine(WholePasses):
         n_steps = self.scheduler.ahead(BURST_STEPS)
         try:
             burst = runner.decode(sequences, self.vocab_size, n_steps, BURST_S)
-        except Exception:
+        except MemoryError:  # one by one they may find room, or end with an error that says what to do
             return False
         self._n_passes += len(burst.at)
         drawn: list[list[int]] = [[] for _ in work]
