@@ -23,7 +23,7 @@ NUMBER = {"n": {"type": "integer"}}
 
 
 def next_is(name: str) -> str:
-    return json.dumps({"next": name})
+    return json.dumps({"need": "" if name == ANSWER else "something", "next": name})
 
 
 def tools() -> list[FakeTool]:
@@ -63,11 +63,12 @@ def test_python_is_written_as_the_model_is_used_to() -> None:
     python.spec = spec
     model = Scripted(next_is("python"), "```python\nprint(6 * 7)\n```", next_is("answer"), "42")
     assert outcome_of(Agent(model, [python, *tools()], GUIDED), "6 * 7?").answer == "42"
-    assert python.calls == [{"code": "print(6 * 7)"}] and [t.name for t in model.asked[1][1]] == ["python"]
+    assert python.calls == [{"code": "print(6 * 7)"}] and not model.asked[1][1]
+    assert "Python program" in model.asked[1][0][-1].content
     python.calls.clear()
     model = Scripted(next_is("python"), "I will compute it.", '{"code": "6 * 7"}', next_is("answer"), "42")
     outcome = outcome_of(Agent(model, [python], GUIDED), "6 * 7?")
-    assert python.calls == [{"code": "6 * 7"}] and outcome.messages[1].content == "I will compute it."
+    assert python.calls == [{"code": "6 * 7"}] and outcome.messages[1].content == ""
 
 
 def test_without_grammars_it_is_not_guided() -> None:
@@ -114,7 +115,7 @@ async def _run(agent: Agent, messages: list[Message]) -> Any:
 def test_replay_of_a_guided_run(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     model = Scripted(next_is("double"), '{"n": 21}', next_is("answer"), "It is 42.")
-    asyncio.run(collect(Agent(model, tools(), GUIDED), "go", trace=TraceWriter(path, "scripted")))
+    asyncio.run(collect(Agent(model, tools(), GUIDED), "Twice 21?", trace=TraceWriter(path, "scripted")))
     assert replay(read_trace(path)) == []
 
 
@@ -128,8 +129,9 @@ def specs(*names: str) -> list[ToolSpec]:
 def test_examples_are_of_tools_that_are_there() -> None:
     def named(*names: str) -> set[str]:
         messages = choice_messages("Who?", specs(*names), [])
-        assert messages[-1] == Message("user", "Who?")
-        return {json.loads(m.content)["next"] for m in messages if m.role == "assistant"}
+        assert messages[-1].content.endswith("Who?")
+        end = next(i for i, m in enumerate(messages) if "for practice" in m.content)  # chains of made-up tools
+        return {json.loads(m.content)["next"] for m in messages[:end] if m.role == "assistant"}
 
     assert named("double") == {"double", "answer"}
     assert named("search", "open_page", "find") == {"search", "open_page", "answer"}

@@ -23,7 +23,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from openglm.agent.asides import Asides
-from openglm.agent.browser.citations import cited_by_overlap, sources_in
+from openglm.agent.browser.citations import cited_by_overlap
 from openglm.agent.choice import ANSWER
 from openglm.agent.dispatch import Approve, Dispatcher, argument_error, holders
 from openglm.agent.events import (
@@ -36,13 +36,14 @@ from openglm.agent.events import (
     Planned,
     Said,
     Stop,
+    Thought,
 )
+from openglm.agent.guide import Guide, Step
 from openglm.agent.http_backend import stream_async
 from openglm.agent.prompts import (
     ANSWER_NOW,
     LAST_CALL,
     TIME_IS_UP,
-    answer_text,
     language_of,
     system_text,
 )
@@ -170,6 +171,7 @@ class _Run:
         self._asides = Asides(self._text)
         self._guided = agent.config.guided
         self._bodies = {tool.spec.name for tool in agent.tools if tool.spec.builtin}  # called with code or words
+        self._guide = Guide(self._asides, self._bodies, agent.config.system, agent.builtin)
 
     async def work(self) -> None:
         started = time.monotonic()
@@ -197,7 +199,7 @@ class _Run:
         if self._messages[0].role == "system":
             return
         system = self._config.system
-        if system is None and not self._guided:  # a guided one is told of one tool at a time, see `_told`
+        if system is None and not self._guided:  # a guided one is told of one tool at a time, see Guide
             system = system_text([tool.spec for tool in self._agent.tools], language_of(self._messages))
         if system:
             self._messages.insert(0, Message("system", system))
@@ -252,68 +254,76 @@ class _Run:
         self._messages[-1] = dataclasses.replace(before, content=before.content + note)
         return True
 
-    async def _next(self, number: int) -> str | None:
-        """The tool that a guided model chooses, or ANSWER; None where it is free to call any."""
+    async def _next(self, number: int) -> Step | None:
+        """What comes next in a guided run; None where the model is free to call any tool."""
         if not self._guided:
             return None
         if number == self._config.n_rounds:
-            return ANSWER
-        last = self._calls.records[-2:]
-        stuck = {r.call.name for r in last} if len(last) == 2 and all(r.status != "done" for r in last) else set()
-        open_ = [spec for spec in self._specs if stuck != {spec.name}]  # a tool that failed twice in a row waits
-        name = await self._asides.choice(self._messages, open_, self._calls.records)
-        self._guided = name is not None  # without grammars it goes on unguided
-        return name
+            return Step(ANSWER)
+        step = await self._guide.step(self._messages, self._specs, self._calls.records)
+        if step is None:  # without grammars it goes on unguided
+            self._guided = False
+            self._begin()
+        return step
 
     @property
     def _specs(self) -> list[ToolSpec]:
         return [*self._calls.specs, *self._agent.external]
 
-    async def _answer(self, number: int, name: str | None) -> Message:
+    async def _answer(self, number: int, step: Step | None) -> Message:
         """The model's next message, with the arguments of its calls put right where that can be done.
 
-        name: the tool it is to call, or ANSWER for none; None: any.
+        step: the tool that a guided model is to call, or the answer; None: it may call any.
         """
         self._n_rounds, self._cut_off = number, False
-        specs = [spec for spec in self._specs if name in (None, spec.name)]
-        told = self._told(specs, name)
-        drawn = None
-        if name is not None and specs and name not in self._bodies:
-            drawn = await self._asides.call(told, specs[0])
-        message = Message("assistant", "") if drawn else await self._written(number, told, specs)
-        if name is not None and specs and not drawn and not message.tool_calls:
-            drawn = await self._asides.call(told, specs[0])  # unswayed by words that may be an answer
-        if drawn:
-            message = dataclasses.replace(message, tool_calls=(dataclasses.replace(drawn, id=f"call_{number}_1"),))
+        if step is None:
+            message = await self._written(number, self._messages, self._specs)
+        else:
+            message = await self._stepped(number, step)
         calls = [await self._checked(call, number) for call in message.tool_calls]
         message = self._cited(dataclasses.replace(message, tool_calls=tuple(calls)), number)
         self._messages.append(message)
         return message
 
-    def _told(self, specs: Sequence[ToolSpec], name: str | None) -> list[Message]:
-        """The conversation, with what a guided model is told of the tool that it chose, or of its answer."""
-        if not self._config.guided or self._messages[0].role == "system" or self._config.system is not None:
-            return self._messages
-        language = language_of(self._messages)
-        system = system_text(specs, language)
-        if name == ANSWER and self._calls.records:
-            system = answer_text(language, bool(sources_in(r.observation.data for r in self._calls.records)))
-        return [Message("system", system), *self._messages] if system else self._messages
+    async def _stepped(self, number: int, step: Step, again: bool = False) -> Message:
+        """The message of this step. Words beside a call are dropped. again: it takes the place of another step."""
+        records, call, message = self._calls.records, step.call, Message("assistant")
+        specs = [spec for spec in self._specs if spec.name == step.name]
+        told = self._guide.told(self._messages, specs, records)
+        if call is None:
+            message = await self._written(number, told, specs, held=bool(specs))
+            if not specs:
+                return message
+            # Without a call they are drawn, unswayed by words that may be an answer.
+            call = next(iter(message.tool_calls), None) or await self._asides.call(told, specs[0])
+            if call is None:
+                self._emit(Said(message.content, number))
+                return message
+            other = None if again else await self._guide.instead(call, self._messages, self._specs, records)
+            if other is not None:
+                return await self._stepped(number, other, again=True)
+        calls = (dataclasses.replace(call, id=f"call_{number}_1"),)
+        return dataclasses.replace(message, content="", tool_calls=calls)
 
-    async def _written(self, number: int, messages: Sequence[Message], specs: Sequence[ToolSpec]) -> Message:
-        """What the model writes, said as it comes."""
-        question = next((m.content for m in reversed(messages) if m.role == "user"), "")
+    async def _written(
+        self, number: int, messages: Sequence[Message], specs: Sequence[ToolSpec], held: bool = False
+    ) -> Message:
+        """What the model writes, said as it comes. held: it is to be a call, and is not said."""
+        question = next((m.content for m in reversed(self._messages) if m.role == "user"), "")
         has_python = "python" in self._bodies and any(spec.name == "python" for spec in specs)
-        runs_code = has_python and not asks_for_code(question)
+        runs_code = has_python and (held or not asks_for_code(question))
         # An answer that turns out to be a call of a tool is one, also where none was offered.
-        turn = self._turn = Turn(number, specs or self._specs, self._emit, runs_code=runs_code)
-        async with aclosing(self._stream(messages, specs)) as events:
+        emit = self._emit if not held else lambda event: self._emit(event) if isinstance(event, Thought) else None
+        turn = Turn(number, specs or self._specs, emit, runs_code=runs_code)
+        self._turn = None if held else turn
+        offered = () if held and self._guide.writes_program(specs) else specs
+        async with aclosing(self._stream(messages, offered)) as events:
             async for event in events:
                 turn.feed(event)
         turn.finish()
         self._cut_off = turn.cut_off
-        message, self._turn = turn.message, None
-        return message
+        self._turn = None
+        return turn.message
 
     def _cited(self, message: Message, number: int) -> Message:
         """An answer that cites nothing, with the mark of the page that it is from."""

@@ -29,16 +29,16 @@ class Asides:
         return (await self._ask([*messages, Message("user", request)])).strip()
 
     async def choice(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], records: Sequence[CallRecord]
-    ) -> str | None:
-        """The tool that is to be called next, or ANSWER; None where that is not known."""
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], records: Sequence[CallRecord],
+        notes: Sequence[tuple[str, str, str]] = (),
+    ) -> str | None:  # fmt: skip
+        """The tool that is to be called next, or ANSWER; None where that is not known. notes: see choice_messages."""
         if not tools:
             return ANSWER
         question = next((m.content for m in reversed(messages) if m.role == "user"), "")
         try:
-            text = await self._ask(
-                choice_messages(question, tools, records), grammar=choice_grammar(tools), temperature=0.0
-            )
+            asked = choice_messages(question, tools, records, notes)
+            text = await self._ask(asked, grammar=choice_grammar(tools), temperature=0.0)
         except ValueError:
             return None
         return chosen(text, tools)

@@ -1,11 +1,12 @@
-"""What a guided agent asks a model before each answer: which tool comes next, or the answer.
+"""What a guided agent asks a model before each answer: what is needed now, and which tool gives it, or the answer.
 
     messages = choice_messages(question, specs, records)
-    text = ...                                   # drawn under choice_grammar(specs): {"next": "search"}
-    chosen(text, specs)                          # "search"
+    text = ...                 # drawn under choice_grammar(specs): {"need": "age of Ruth Adams", "next": "search"}
+    chosen(text, specs)        # "search"
 
-Small models know well which of a few names fits a request, and badly when to write a call and how. The question comes
-with examples of its own, made from the tools that are there, and what was done so far.
+Small models know well which of a few names fits a request, and badly when to write a call and how. That one tool may
+need what another one gives first they see only when they say what is needed. The question comes with examples made from
+the tools that are there, with chains of calls of made-up tools, and with what was done so far.
 """
 
 from __future__ import annotations
@@ -23,54 +24,108 @@ ANSWER = "answer"
 N_EXAMPLES = 24  # tools that get an example of their own
 N_SHOWN = 4  # results that are shown, the last ones
 RESULT_CHARS = 700
-SYSTEM = """You decide what to do next for the user's request. You can use one of these tools, or answer:
-{tools}
-- answer: reply at once. Right for what everybody knows, translations, opinions, small talk and writing, and once the \
-results hold what was asked for.
-If a tool needs something that the request does not say, such as where a person lives, get that first.
-Reply with one name."""
+NEED_CHARS = 80
+SYSTEM = """You decide what to do next for the user's request. Say in a few words which single piece of information is \
+needed now, then name the tool that gives it. A tool can only be given what stands in the request or in a result: get \
+first what is missing. Use python for calculations that no other tool does, once all numbers are known. If nothing is \
+needed, the next is {answer}: for what everybody knows, translations, opinions, small talk and writing, and once the \
+results hold all that was asked for.
+
+Tools:
+{tools}"""
+PRACTICE = """The same with other tools, for practice:
+- pupil_room: Room in which a pupil lives.
+- key_code: Code of the key of a room.
+- bed_plant: 花坛里种的植物。
+- watering: 某种植物多久浇一次水。
+- postage: Price of sending a letter.
+- search: Search the web.
+- python: Runs Python code.
+- {answer}: reply to the user.
+
+"""
+AGAIN = "Now again with these tools:\n{tools}\n\n"
 SEARCHES = ("search", "simple_browser")
 OPENERS = ("open_page", "simple_browser")
 BROWSING = (*SEARCHES, *OPENERS, "click", "find", "scroll", "back", "quote")
-# (request, tools of which the first that is there is right; none: the answer)
-COMMON: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("What is the capital of Italy?", ()),
-    ("Who is the head teacher of Wexley School?", SEARCHES),
-    ("把“再见”翻译成日文。", ()),
-    ("云岭动物园的门票多少钱？", SEARCHES),
-    ("What is 8236 * 99127?", ("python",)),
-    ("Who wrote the novel Moby Dick?", ()),
-    ("How long is the Marrow Tunnel?", SEARCHES),
-    ("一周有几天？", ()),
-    ("青石镇中学是哪一年建校的？", SEARCHES),
+# (request, what it needs, tools of which the first that is there is right; none: the answer)
+COMMON: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("What is the capital of Italy?", "", ()),
+    ("Who is the head teacher of Wexley School?", "head teacher of Wexley School", SEARCHES),
+    ("把“再见”翻译成日文。", "", ()),
+    ("云岭动物园的门票多少钱？", "云岭动物园门票价格", SEARCHES),
+    ("What is 8236 * 99127?", "8236 * 99127", ("python",)),
+    ("Who wrote the novel Moby Dick?", "", ()),
+    ("How long is the Marrow Tunnel?", "length of the Marrow Tunnel", SEARCHES),
+    ("一周有几天？", "", ()),
+    ("青石镇中学是哪一年建校的？", "青石镇中学建校年份", SEARCHES),
 )
-# The same behind a call: (request, tools of which one was called, arguments, result, tools that are right next)
-LATER: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...]], ...] = (
-    ("What is 8236 * 99127?", ("python",), '{"code": "print(8236 * 99127)"}', "816409972", ()),
+# The same behind a call: (request, tools of which one was called, arguments, result, what it needs, tools right next)
+LATER: tuple[tuple[str, tuple[str, ...], str, str, str, tuple[str, ...]], ...] = (
+    ("What is 8236 * 99127?", ("python",), '{"code": "print(8236 * 99127)"}', "816409972", "", ()),
     ("Who is the head teacher of Wexley School?", SEARCHES, '{"query": "Wexley School head teacher"}',
-     "1 results. Open one by its number.\n# 【1†Wexley School†wexley.example】\nA school with 300 pupils.", OPENERS),
+     "1 results. Open one by its number.\n# 【1†Wexley School†wexley.example】\nA school with 300 pupils.",
+     "what page 1 says of the head teacher", OPENERS),
     ("Who is the head teacher of Wexley School?", OPENERS, '{"page": "1"}',
-     "【1†Wexley School】\nL3: The head teacher is Ruth Adams.", ()),
+     "【1†Wexley School】\nL3: The head teacher is Ruth Adams.", "", ()),
     ("How many years before 2024 was the Marrow Tunnel opened?", OPENERS, '{"page": "1"}',
-     "【1†Marrow Tunnel】\nL2: The tunnel was opened on 3 May 1956.", ("python",)),
-    ("云岭动物园的门票多少钱？", OPENERS, '{"page": "2"}', "【2†云岭动物园】\nL5: 成人票60元，儿童票30元。", ()),
+     "【1†Marrow Tunnel】\nL2: The tunnel was opened on 3 May 1956.", "2024 - 1956", ("python",)),
+    ("云岭动物园的门票多少钱？", OPENERS, '{"page": "2"}', "【2†云岭动物园】\nL5: 成人票60元，儿童票30元。", "", ()),
+)  # fmt: skip
+ROOM = ("pupil_room", '{"pupil": "Juno Hartley"}', '{"room": "4-12"}')
+CODE = ("key_code", '{"room": "4-12"}', '{"code": "Q77"}')
+PLANT = ("bed_plant", '{"bed": 3}', '{"plant": "月季"}')
+ATLAS = ("search", '{"query": "Dorn Atlas"}', "1 results.\n# 【1†Dorn Atlas†dorn.example】\nA book of maps, 640 grams.")
+TUNNEL = ("search", '{"query": "Marrow Tunnel"}',
+          "1 results.\n# 【1†Marrow Tunnel†marrow.example】\nA road tunnel of 2310 metres.")  # fmt: skip
+# Chains, with the tools of PRACTICE: (request, what was done: name, arguments, result; what it needs; the tool, if any)
+CHAINS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str, str], ...] = (
+    ("What is the key code of Juno Hartley's room?", (), "room of Juno Hartley", "pupil_room"),
+    ("What is the key code of Juno Hartley's room?", (ROOM,), "key code of room 4-12", "key_code"),
+    ("What is the key code of Juno Hartley's room?", (ROOM, CODE), "", ""),
+    ("三号花坛的植物多久浇一次水？", (), "三号花坛种的植物", "bed_plant"),
+    ("三号花坛的植物多久浇一次水？", (PLANT,), "月季的浇水间隔", "watering"),
+    ("Find the weight of the Dorn Atlas and tell me the postage for it.", (), "weight of the Dorn Atlas", "search"),
+    ("Find the weight of the Dorn Atlas and tell me the postage for it.", (ATLAS,), "postage for 640 grams", "postage"),
+    ("Look up how long the Marrow Tunnel is. How many steps of 0.7 metres is that?", (), "length of the Marrow Tunnel",
+     "search"),
+    ("Look up how long the Marrow Tunnel is. How many steps of 0.7 metres is that?", (TUNNEL,), "2310 / 0.7", "python"),
+    ("查一下云岭动物园有多少只猴子，用Python算出每只每天吃1.3千克时一年吃多少。", (), "云岭动物园的猴子数量",
+     "search"),
+    ("把“再见”翻译成日文。", (), "", ""),
 )  # fmt: skip
 
 
-def choice_messages(question: str, tools: Sequence[ToolSpec], records: Sequence[CallRecord]) -> list[Message]:
-    """The prompt for a choice among the tools and the answer. records: the calls made so far."""
+def choice_messages(
+    question: str, tools: Sequence[ToolSpec], records: Sequence[CallRecord],
+    notes: Sequence[tuple[str, str, str]] = (),
+) -> list[Message]:  # fmt: skip
+    """The prompt for a choice among the tools and the answer. records: the calls made so far. notes: those that were
+    thought of and not made: name, arguments, why.
+    """
     answer = _answer_name(tools)
-    lines = "\n".join(f"- {tool.name}: {_first_sentence(tool.description)}" for tool in tools)
-    messages = [Message("system", SYSTEM.format(tools=lines).replace("- answer:", f"- {answer}:"))]
-    for request, name in _examples(tools):
-        messages += [Message("user", request), Message("assistant", json.dumps({"next": name or answer}))]
+    lines = [f"- {tool.name}: {_first_sentence(tool.description)}" for tool in tools]
+    listed = "\n".join([*lines, f"- {answer}: reply to the user."])
+    messages = [Message("system", SYSTEM.format(tools=listed, answer=answer))]
+
+    def add(request: str, need: str, name: str) -> None:
+        text = json.dumps({"need": need, "next": name or answer}, ensure_ascii=False)
+        messages.extend([Message("user", request), Message("assistant", text)])
+
+    for example in _examples(tools):
+        add(*example)
+    for i, (request, calls, need, name) in enumerate(CHAINS):
+        add(("" if i else PRACTICE.format(answer=answer)) + _request(request, calls), need, name)
     done = [(r.call.name, r.call.arguments, r.observation.content) for r in records[-N_SHOWN:]]
-    return [*messages, Message("user", _request(question, done))]
+    return [*messages, Message("user", AGAIN.format(tools=listed) + _request(question, [*done, *notes]))]
 
 
 def choice_grammar(tools: Sequence[ToolSpec]) -> Grammar:
-    names = {"enum": [*(tool.name for tool in tools), _answer_name(tools)]}
-    schema = {"type": "object", "properties": {"next": names}, "required": ["next"], "additionalProperties": False}
+    properties = {
+        "need": {"type": "string", "maxLength": NEED_CHARS},
+        "next": {"enum": [*(tool.name for tool in tools), _answer_name(tools)]},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     return Grammar("json_schema", json.dumps(schema))
 
 
@@ -89,27 +144,28 @@ def _answer_name(tools: Sequence[ToolSpec]) -> str:
     return ANSWER if all(tool.name != ANSWER for tool in tools) else "reply_to_user"
 
 
-def _examples(tools: Sequence[ToolSpec]) -> list[tuple[str, str]]:
-    """(request, right name or ""): one for each function from its description, among those for the common tools."""
+def _examples(tools: Sequence[ToolSpec]) -> list[tuple[str, str, str]]:
+    """(request, what it needs, right name or ""): one for each function from its description, among those for the
+    common tools.
+    """
     names = [tool.name for tool in tools]
 
     def there(wanted: Sequence[str]) -> str:
         return next((name for name in wanted if name in names), "")
 
-    own = [t for t in tools if not t.builtin and t.name not in (*BROWSING, "python")][:N_EXAMPLES]
-    functions = [(f"{_first_sentence(t.description).rstrip('.。')}.", t.name) for t in own if t.description]
-    if functions and "python" in names:
-        functions.append((f"{functions[-1][0]} Then calculate with it in Python.", functions[-1][1]))
-    common = [(request, there(right)) for request, right in COMMON if not right or there(right)]
-    out: list[tuple[str, str]] = []
+    own = [t for t in tools if not t.builtin and t.name not in (*BROWSING, "python") and t.description][:N_EXAMPLES]
+    texts = [_first_sentence(t.description).rstrip(".。") for t in own]
+    functions = [(f"{text}.", text[:1].lower() + text[1:], t.name) for t, text in zip(own, texts, strict=True)]
+    common = [(request, need, there(right)) for request, need, right in COMMON if not right or there(right)]
+    out: list[tuple[str, str, str]] = []
     while functions or common:  # in turns, the common ones last
         if functions:
             out.append(functions.pop(0))
         if common and len(common) >= len(functions):
             out.append(common.pop(0))
-    for request, called, arguments, result, right in LATER:
+    for request, called, arguments, result, need, right in LATER:
         if there(called) and (not right or there(right)):
-            out.append((_request(request, [(there(called), arguments, result)]), there(right)))
+            out.append((_request(request, [(there(called), arguments, result)]), need, there(right)))
     return out
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 from openglm.types import Message, ToolSpec
 
 __all__ = [
-    "ANSWER_NOW", "CALL_REQUEST", "LAST_CALL", "PLAN_REQUEST", "REPAIR_REQUEST", "TIME_IS_UP", "answer_text",
-    "language_of", "system_text",
+    "ANSWER_NOW", "CALL_REQUEST", "KNOWN", "LAST_CALL", "NOT_YET", "PLAN_REQUEST", "PROGRAM_REQUEST", "REPAIR_REQUEST",
+    "TIME_IS_UP", "answer_text", "language_of", "system_text",
 ]  # fmt: skip
 
 Language = Literal["en", "zh"]
@@ -62,6 +62,23 @@ LAST_CALL = {
 ANSWER_NOW = {
     "en": "(Answer the user's question now, with this result.)",
     "zh": "（现在请根据这个结果回答用户的问题。）",
+}
+KNOWN = {
+    "en": "What tools gave for this:",
+    "zh": "工具为此给出的结果：",
+}
+# Of a call that is not made yet, among what was done so far.
+NOT_YET = {
+    "argument": "Not called: nothing says what {names} is. Get it first with another tool.",
+    "number": "Not run: nothing says the number {value}. Get it first with another tool.",
+    "failed": "Not called again: it failed with these arguments. Use another tool, or other arguments.",
+}
+PROGRAM_REQUEST = {
+    "en": "Write a Python program that works out the answer. Give each quantity a variable of its own, with a comment "
+    "that says what it is and where it comes from; go step by step, and print what is asked for at the end. Write only "
+    "the program, in a ```python block.",
+    "zh": "请写一个 Python 程序来求出答案。每个量用一个变量，并用注释说明它是什么、怎么得来的；"
+    "一步一步计算，最后用 print 输出所求的结果。只写程序，放在 ```python 代码块里。",
 }
 TIME_IS_UP = "The time was up before there was a result."
 PLAN_REQUEST = {

@@ -1,0 +1,171 @@
+"""Guide: leads a small model through a run, one step after another, and shows it no more than the step needs.
+
+    step = await guide.step(messages, specs, records)      # Step("get_order", ToolCall("get_order", '{"id": "K5"}'))
+
+The model names what is needed and the tool that gives it (see choice.py), and its arguments are drawn. A call whose
+arguments nobody said, or that failed before just so, is not made at once: the model is told what is missing, and
+chooses among the other tools; only where it finds nothing better there is the call made all the same. Whatever it
+writes beside a call is dropped: it would be believed over what the call gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Sequence
+
+from openglm.agent.asides import Asides
+from openglm.agent.browser.citations import sources_in
+from openglm.agent.choice import ANSWER
+from openglm.agent.events import CallRecord
+from openglm.agent.grounding import made_up
+from openglm.agent.prompts import KNOWN, NOT_YET, PROGRAM_REQUEST, answer_text, language_of, system_text
+from openglm.types import BUILTIN_TOOLS, Message, ToolCall, ToolSpec
+
+__all__ = ["Guide", "Step", "restated"]
+
+ARGUMENTS_CHARS = 2000  # of a call that is restated
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """name: of the tool that comes next, or ANSWER. call: of it, where its arguments are drawn to its schema."""
+
+    name: str
+    call: ToolCall | None = None
+
+
+class Guide:
+    """bodies: names of the tools that are called with code or words, which the model writes in its own way.
+
+    system: None, or the caller's text in front of conversations. builtin: tools that the model knows by name.
+    """
+
+    def __init__(
+        self, asides: Asides, bodies: Collection[str], system: str | None = None, builtin: Collection[str] = ()
+    ) -> None:
+        self._asides, self._bodies, self._system, self._builtin = asides, set(bodies), system, set(builtin)
+        self._sent_back: set[str] = set()  # tools of which a call was not made at once
+
+    async def step(
+        self, messages: Sequence[Message], specs: Sequence[ToolSpec], records: Sequence[CallRecord],
+        waiting: frozenset[str] = frozenset(), notes: Sequence[tuple[str, str, str]] = (),
+    ) -> Step | None:  # fmt: skip
+        """What comes next; None where the backend has no grammars, or ignores them.
+
+        waiting: tools that cannot be chosen. notes: calls that were not made: name, arguments, why.
+        """
+        open_ = [spec for spec in specs if spec.name not in waiting | _stuck(records)]
+        name = await self._asides.choice(messages, open_, records, notes)
+        if name is None or name == ANSWER or name in self._bodies:
+            return None if name is None else Step(name)
+        spec = next(spec for spec in specs if spec.name == name)
+        call = await self._asides.call(self.told(messages, [spec], records), spec)
+        if call is None:
+            return Step(name)
+        return await self.instead(call, messages, specs, records, waiting, notes) or Step(name, call)
+
+    async def instead(
+        self, call: ToolCall, messages: Sequence[Message], specs: Sequence[ToolSpec], records: Sequence[CallRecord],
+        waiting: frozenset[str] = frozenset(), notes: Sequence[tuple[str, str, str]] = (),
+    ) -> Step | None:  # fmt: skip
+        """A better step than this call; None where it is to be made."""
+        waiting |= {call.name}
+        others = [spec for spec in specs if spec.name not in waiting]
+        failed = any(_key(r.call) == _key(call) and r.status != "done" for r in records)
+        why = NOT_YET["failed"] if failed else self._missing(call, messages)
+        if not why or not others or (call.name in self._sent_back and not failed):
+            return None
+        self._sent_back.add(call.name)
+        notes = [*notes, (call.name, call.arguments, why)]
+        step = await self.step(messages, specs, records, waiting, notes)
+        if step is None or step.name == ANSWER:
+            return Step(ANSWER) if failed else None
+        return step
+
+    def _missing(self, call: ToolCall, messages: Sequence[Message]) -> str:
+        """What the arguments hold that nobody said, in words; nothing where all was said."""
+        last = _last_user(messages)
+        known = "\n".join(m.content for i, m in enumerate(messages) if i <= last or m.role == "tool")
+        try:
+            found = made_up(json.loads(call.arguments or "{}"), known, code=call.name in self._bodies)
+        except (ValueError, AttributeError, RecursionError):
+            return ""
+        if not found:
+            return ""
+        if call.name in self._bodies:
+            return NOT_YET["number"].format(value=", ".join(found.values()))
+        return NOT_YET["argument"].format(names=", ".join(found))
+
+    def writes_program(self, specs: Sequence[ToolSpec]) -> bool:
+        """Whether a program is asked for, in place of a call with one in it."""
+        return [spec.name for spec in specs] == ["python"] and "python" in self._bodies - self._builtin
+
+    def told(
+        self, messages: Sequence[Message], specs: Sequence[ToolSpec], records: Sequence[CallRecord]
+    ) -> list[Message]:
+        """The conversation for this step, with a text about it in front, unless the caller has put one there.
+
+        specs: the tool of the step; none: the answer.
+        """
+        language = language_of(messages)
+        shown = restated(messages)
+        if self.writes_program(specs):
+            last = _last_user(shown)
+            user = shown[last]
+            shown[last] = dataclasses.replace(user, content=f"{user.content}\n\n{PROGRAM_REQUEST[language]}")
+        if messages[0].role == "system" or self._system is not None:
+            return shown
+        system = "" if self.writes_program(specs) else system_text(specs, language)
+        if not specs and records:
+            system = answer_text(language, bool(sources_in(r.observation.data for r in records)))
+        return [Message("system", system), *shown] if system else shown
+
+
+def restated(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with what tools gave since the user last spoke put behind the user's words.
+
+    What the model wrote before its calls is left out, and it sees no call that it might repeat.
+    """
+    last = _last_user(messages)
+    calls = {call.id: call for m in messages[last + 1 :] for call in m.tool_calls}
+    lines = []
+    for m in messages[last + 1 :]:
+        if m.role == "tool":
+            call = calls.get(m.tool_call_id)
+            lines.append(f"{m.name} {_shown(call) if call else ''}:\n{m.content}")
+    if not lines:
+        return list(messages)
+    user = messages[last]
+    text = "\n\n".join([user.content, KNOWN[language_of(messages)], *lines])
+    return [*messages[:last], dataclasses.replace(user, content=text)]
+
+
+def _last_user(messages: Sequence[Message]) -> int:
+    return max((i for i, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
+
+
+def _shown(call: ToolCall) -> str:
+    """The arguments of a call; of a program, its text alone."""
+    body = BUILTIN_TOOLS.get(call.name)
+    try:
+        value = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and list(value) == [body] and isinstance(value[body], str):
+        return f"\n{value[body]}\n"[:ARGUMENTS_CHARS]
+    return call.arguments[:ARGUMENTS_CHARS]
+
+
+def _stuck(records: Sequence[CallRecord]) -> frozenset[str]:
+    """A tool that failed twice in a row waits a round."""
+    names = {r.call.name for r in records[-2:]}
+    failed = len(records) >= 2 and all(r.status != "done" for r in records[-2:])
+    return frozenset(names if failed and len(names) == 1 else ())
+
+
+def _key(call: ToolCall) -> tuple[str, str]:
+    try:
+        return call.name, json.dumps(json.loads(call.arguments or "{}"), sort_keys=True)
+    except (ValueError, RecursionError):
+        return call.name, call.arguments
