@@ -23,6 +23,7 @@ from openglm.engine.grammar import Grammars
 from openglm.formats.matcher import StopText
 from openglm.loading import default_dtype, open_weights, pick_device, resolve, with_text
 from openglm.model.checkpoint import CheckpointMeta
+from openglm.model.cost import is_small
 from openglm.model.load import load_weights, start_loading
 from openglm.quant.random_model import open_random
 from openglm.tokenizer import Detokenizer, Tokenizer
@@ -299,6 +300,11 @@ class ChatModel:
         """Names of the tools that the model was trained to use without a schema; see types.BUILTIN_TOOLS."""
         return frozenset() if self.chat_format is None else self.chat_format.builtin_tools
 
+    @property
+    def wants_guide(self) -> bool:
+        """Whether an agent leads it from tool to tool: a small model that knows no tool by name."""
+        return not self.builtin_tools and is_small(self.engine.config)
+
     def require_format(self) -> ChatFormat:
         """The chat format, or ValueError for a model that was not tuned for chat."""
         if self.chat_format is None:
@@ -381,12 +387,9 @@ class TextStream:
 
 
 def load(
-    reference: str | Path | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    adapter: str | Path | None = None,
-    chat_format: str | None = None,
-) -> ChatModel:
+    reference: str | Path | None = None, device: str = "auto", dtype: str | None = None,
+    adapter: str | Path | None = None, chat_format: str | None = None,
+) -> ChatModel:  # fmt: skip
     """`ChatModel.load`: the model at a folder or file, "random:PRESET", or, given nothing, the bundled one."""
     return ChatModel.load(reference, device, dtype, adapter, chat_format)
 

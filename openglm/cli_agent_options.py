@@ -22,8 +22,8 @@ def agent_options(p: Parser) -> None:
                    help="ask, always or never; * for all others (python without a sandbox: ask)")  # fmt: skip
     g.add_argument("--rounds", type=int, metavar="N", help="answers of the model to one question, calls included")
     g.add_argument("--plan", action="store_true", help="let the model write a plan first")
-    g.add_argument("--guided", action="store_true",
-                   help="the model names its next tool first, and sees that one alone: for small models")  # fmt: skip
+    g.add_argument("--guided", action=argparse.BooleanOptionalAction,
+                   help="the model names its next tool first, and sees that alone (default: small models)")  # fmt: skip
     g.add_argument("--trace", metavar="DIR", help="a JSONL file for each question (default: in the state folder; "
                    "'none' for none)")  # fmt: skip
 
@@ -32,7 +32,7 @@ def wants_agent(o: argparse.Namespace) -> bool:
     """Whether tools are asked for. ValueError for options that mean nothing without them."""
     on = bool(o.all_tools or o.tools or o.mcp)
     settings = {"--approval": o.approval, "--rounds": o.rounds, "--plan": o.plan,
-                "--guided": o.guided, "--trace": o.trace}  # fmt: skip
+                "--guided": o.guided is not None, "--trace": o.trace}  # fmt: skip
     for option, value in settings.items():
         if value and not on:
             raise ValueError(f"{option} goes with --all-tools, --tools or --mcp")

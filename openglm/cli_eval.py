@@ -25,7 +25,8 @@ def eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="DIR", help="folder for results, where a stopped run goes on (default: eval/MODEL)")
     p.add_argument("--parallel", type=int, default=8, metavar="N", help="items at once (default: 8)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest single answer (default: the task's)")
-    p.add_argument("--guided", action="store_true", help="all-tools: the model names its next tool first, see chat")
+    p.add_argument("--guided", action=argparse.BooleanOptionalAction,
+                   help="all-tools: the model names its next tool first, see chat (default: small models)")  # fmt: skip
     place_options(cast(Parser, p))
 
 

@@ -13,6 +13,7 @@ from openglm.agent.agent import Agent
 from openglm.agent.browser.citations import cited_by_overlap
 from openglm.agent.choice import ANSWER, choice_grammar, choice_messages, chosen
 from openglm.agent.events import AgentConfig, CallRecord, Said
+from openglm.agent.guide import restated
 from openglm.agent.replay import replay
 from openglm.agent.trace import TraceWriter, read_trace
 from openglm.types import Message, Observation, ToolCall, ToolSpec
@@ -69,6 +70,84 @@ def test_python_is_written_as_the_model_is_used_to() -> None:
     model = Scripted(next_is("python"), "I will compute it.", '{"code": "6 * 7"}', next_is("answer"), "42")
     outcome = outcome_of(Agent(model, [python], GUIDED), "6 * 7?")
     assert python.calls == [{"code": "6 * 7"}] and outcome.messages[1].content == ""
+
+
+def test_words_beside_a_call_are_dropped(tmp_path: Path) -> None:
+    """A result that the model imagined is not said, and not in what it sees when it answers; the trace keeps it."""
+    python = FakeTool("python", lambda a, _: "42")
+    python.spec = ToolSpec.of_builtin("python")
+    path = tmp_path / "t.jsonl"
+    imagined = "It gives 41.\n```python\nprint(6 * 7)\n```\nSo 41."
+    model = Scripted(next_is("python"), imagined, next_is("answer"), "It is 42.")
+    events = asyncio.run(collect(Agent(model, [python], GUIDED), "6 * 7?", trace=TraceWriter(path, "scripted")))
+    outcome = events[-1].outcome
+    assert python.calls == [{"code": "print(6 * 7)"}] and outcome.answer == "It is 42."
+    assert "".join(e.text for e in events if isinstance(e, Said)) == "It is 42."
+    assert not any("41" in m.content for m in outcome.messages)
+    last = model.asked[-1][0]
+    assert [m.role for m in last] == ["system", "user"] and last[1].content.startswith("6 * 7?")
+    assert last[1].content.endswith("python \nprint(6 * 7)\n:\n42") and "41" not in last[1].content
+    assert read_trace(path).answers[1].pieces == (("text", imagined),) and replay(read_trace(path)) == []
+
+
+def test_earlier_turns_stay_as_they_were() -> None:
+    call_ = ToolCall("double", '{"n": 2}', "a")
+    turn = [Message("user", "Twice 2?"), Message("assistant", "", (call_,)), Message("tool", "4", (), "a", "double"),
+            Message("assistant", "4."), Message("user", "Twice 3?")]  # fmt: skip
+    assert restated(turn) == turn
+    again = [Message("assistant", "I think 5.", (ToolCall("double", '{"n": 3}', "b"),)),
+             Message("tool", "6", (), "b", "double")]  # fmt: skip
+    shown = restated([*turn, *again])
+    assert shown[:-1] == turn[:-1] and shown[-1].role == "user"
+    assert shown[-1].content == 'Twice 3?\n\nWhat tools gave for this:\n\ndouble {"n": 3}:\n6'
+
+
+def test_arguments_that_nobody_said_are_looked_up_first() -> None:
+    lookup = FakeTool("lookup", lambda a, _: '{"price": 350}', {"what": {"type": "string"}})
+    double = tools()[0]
+    model = Scripted(next_is("double"), '{"n": 100}', next_is("lookup"), '{"what": "hat"}', next_is("double"),
+                     '{"n": 350}', next_is("answer"), "700")  # fmt: skip
+    assert outcome_of(Agent(model, [double, lookup], GUIDED), "What do two hats cost?").answer == "700"
+    assert double.calls == [{"n": 350}] and lookup.calls == [{"what": "hat"}]
+    second = model.asked[2]
+    assert second[2]["grammar"].text.count("double") == 0
+    assert 'double {"n": 100} gave:\nNot called: nothing says what n is.' in second[0][-1].content
+
+
+@pytest.mark.parametrize("rest", ["answer", "double"])
+def test_a_call_is_thought_over_once(rest: str) -> None:
+    """Where nothing else helps it is made as it was."""
+    script = [next_is("double"), '{"n": 100}', next_is("answer"), next_is("answer"), "200"]
+    if rest == "double":
+        script = [*script[:3], next_is("double"), '{"n": 300}', next_is("answer"), "600"]
+    double, halve = tools()
+    outcome_of(Agent(Scripted(*script), [double, halve], GUIDED), "Double it.")
+    assert double.calls == [{"n": 100}, {"n": 300}][: 1 + (rest == "double")] and not halve.calls
+
+
+def test_a_program_with_numbers_that_nobody_said_waits_for_them() -> None:
+    python = FakeTool("python", lambda a, _: "700")
+    python.spec = ToolSpec.of_builtin("python")
+    lookup = FakeTool("lookup", lambda a, _: '{"price": 350}')
+    model = Scripted(next_is("python"), "```python\nprint(2 * 999)\n```", next_is("lookup"), "{}", next_is("python"),
+                     "```python\nprint(2 * 350)\n```", next_is("answer"), "700")  # fmt: skip
+    assert outcome_of(Agent(model, [python, lookup], GUIDED), "What do two hats cost?").answer == "700"
+    assert (
+        python.calls == [{"code": "print(2 * 350)"}] and "nothing says the number 999" in model.asked[2][0][-1].content
+    )
+
+
+def test_a_call_that_failed_is_not_made_again() -> None:
+    def fails(arguments: Any, context: Any) -> str:
+        raise ValueError("no such n")
+
+    bad, good = FakeTool("bad", fails, NUMBER), FakeTool("good", lambda a, _: a["n"], NUMBER)
+    script = [next_is("bad"), '{"n": 1}', next_is("bad"), '{"n":1}']
+    model = Scripted(*script, next_is("good"), '{"n": 2}', next_is("answer"), "2")
+    assert outcome_of(Agent(model, [bad, good], GUIDED), "go").answer == "2"
+    assert bad.calls == [{"n": 1}] and good.calls == [{"n": 2}]
+    model = Scripted(*script, next_is("answer"), "I cannot.")
+    assert outcome_of(Agent(model, [bad, good], GUIDED), "go").answer == "I cannot." and len(bad.calls) == 2
 
 
 def test_without_grammars_it_is_not_guided() -> None:

@@ -145,6 +145,7 @@ def test_bad_options(functions: str, tmp_path: Path) -> None:
     for options, problem in (
         (["--plan"], "--plan goes with --all-tools, --tools or --mcp"),
         (["--guided"], "--guided goes with --all-tools, --tools or --mcp"),
+        (["--no-guided"], "--guided goes with --all-tools, --tools or --mcp"),
         (["--unsafe-python"], "--unsafe-python goes with"),
         (["--all-tools", "--approval", "always"], "--approval takes a tool and a rule, such as python=ask"),
         (["--all-tools", "--approval", "python=perhaps"], "approval of 'python' must be ask, always, never"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -48,7 +47,7 @@ from openglm.agent.prompts import (
     system_text,
 )
 from openglm.agent.salvage import asks_for_code
-from openglm.agent.turn import Turn
+from openglm.agent.turn import Turn, add_pieces
 from openglm.types import ChatBackend, Event, Message, Tool, ToolCall, ToolSpec, Usage
 
 if TYPE_CHECKING:
@@ -75,6 +74,9 @@ class Agent:
         missing: Mapping[str, str] | None = None,
     ) -> None:
         self.backend, self.tools, self.config = backend, list(tools), config or AgentConfig()
+        if self.config.guided is None:
+            guided = bool(getattr(backend, "wants_guide", False))
+            self.config = dataclasses.replace(self.config, guided=guided)
         self.external, self._approve, self.missing = list(external), approve, dict(missing or {})
         self.builtin: frozenset[str] = getattr(backend, "builtin_tools", frozenset())
         names = [tool.spec.name for tool in self.tools] + [spec.name for spec in self.external]
@@ -169,7 +171,7 @@ class _Run:
         self._n_rounds = self._n_prompt = self._n_drawn = 0
         self._turn: Turn | None = None
         self._asides = Asides(self._text)
-        self._guided = agent.config.guided
+        self._guided = bool(agent.config.guided)
         self._bodies = {tool.spec.name for tool in agent.tools if tool.spec.builtin}  # called with code or words
         self._guide = Guide(self._asides, self._bodies, agent.config.system, agent.builtin)
 
@@ -348,7 +350,7 @@ class _Run:
                 async for event in events:
                     n_drawn += len(event.token_ids)
                     finish, usage = event.finish_reason or finish, event.usage or usage
-                    _add_pieces(pieces, event)
+                    add_pieces(pieces, event)
                     yield event
             whole = True
         finally:
@@ -388,15 +390,3 @@ class _Run:
             repaired = await self._asides.repaired(self._messages, call, spec, problem)
         self._emit(Called(repaired or call, number, repaired is not None))
         return repaired or call
-
-
-def _add_pieces(pieces: list[tuple[str, str]], event: Event) -> None:
-    """What an event holds, joined to the last piece where that is of the same kind."""
-    for kind, text in (("reasoning", event.reasoning), ("text", event.text)):
-        if text and pieces and pieces[-1][0] == kind:
-            pieces[-1] = (kind, pieces[-1][1] + text)
-        elif text:
-            pieces.append((kind, text))
-    if event.tool_call is not None:
-        call = event.tool_call
-        pieces.append(("call", json.dumps([call.name, call.arguments], ensure_ascii=False)))

@@ -35,7 +35,8 @@ class AgentConfig:
     model writes a plan first. approval: by a tool's name, or "*" for all others: "always" runs it, "ask" asks the
     user each time, "never" refuses. system: in front of a conversation that has no system message; None: a text about
     the tools in the language of the conversation, "" none. guided: before each answer the model names the tool that
-    comes next, or the answer, held to these names, and sees that tool alone: for small models. n_at_once: calls of one
+    comes next, or the answer, held to these names, and sees that tool alone: for small models; None: where the backend
+    says that it `wants_guide`. n_at_once: calls of one
     turn that run at the same time.
     """
 
@@ -46,7 +47,7 @@ class AgentConfig:
     observation_chars: int = 8000
     n_same: int = 2
     plan: bool = False
-    guided: bool = False
+    guided: bool | None = None
     approval: Mapping[str, Policy] | tuple[tuple[str, Policy], ...] = ()  # kept as sorted pairs
     system: str | None = None
     n_at_once: int = 4

@@ -10,7 +10,7 @@ from openglm.agent.events import AgentEvent, Said, Thought
 from openglm.agent.salvage import CallFilter, final_program
 from openglm.types import BUILTIN_TOOLS, Event, Message, ToolCall, ToolSpec
 
-__all__ = ["Turn"]
+__all__ = ["Turn", "add_pieces"]
 
 
 class Turn:
@@ -61,3 +61,15 @@ class Turn:
         return Message(
             "assistant", text.rstrip() if self._calls else text, tuple(self._calls), reasoning="".join(self._reasoning)
         )
+
+
+def add_pieces(pieces: list[tuple[str, str]], event: Event) -> None:
+    """What an event holds, joined to the last piece where that is of the same kind."""
+    for kind, text in (("reasoning", event.reasoning), ("text", event.text)):
+        if text and pieces and pieces[-1][0] == kind:
+            pieces[-1] = (kind, pieces[-1][1] + text)
+        elif text:
+            pieces.append((kind, text))
+    if event.tool_call is not None:
+        call = event.tool_call
+        pieces.append(("call", json.dumps([call.name, call.arguments], ensure_ascii=False)))

@@ -29,7 +29,7 @@ class EvalOptions:
     limit: int | None = None
     n_parallel: int = 8
     max_new_tokens: int | None = None
-    guided: bool = False
+    guided: bool | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

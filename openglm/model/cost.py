@@ -14,13 +14,14 @@ from openglm.config import GLMConfig
 
 __all__ = [
     "PRECISION_BYTES", "QUANTISED_BITS", "RankTensor", "WeightForm", "check_ranks", "flops_per_token",
-    "kv_bytes_per_token", "kv_heads_per_rank", "n_parameters", "parameters_by_part", "rank_tensors",
+    "is_small", "kv_bytes_per_token", "kv_heads_per_rank", "n_parameters", "parameters_by_part", "rank_tensors",
     "weight_bytes_by_part",
 ]  # fmt: skip
 
 PRECISION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 SCALE_BYTES = 2  # float16
+SMALL = 3_000_000_000  # parameters: below it models were measured to gain by being led from tool to tool
 
 
 def parameters_by_part(config: GLMConfig) -> dict[str, int]:
@@ -44,6 +45,11 @@ def parameters_by_part(config: GLMConfig) -> dict[str, int]:
 def n_parameters(config: GLMConfig) -> int:
     """All parameters, a tied head counted once."""
     return sum(parameters_by_part(config).values())
+
+
+def is_small(config: GLMConfig) -> bool:
+    """Whether a model of this shape has so few parameters that an agent does well to lead it."""
+    return n_parameters(config) < SMALL
 
 
 def flops_per_token(config: GLMConfig, seq_len: int, head_share: float = 1.0) -> float:

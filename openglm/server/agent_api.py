@@ -30,7 +30,7 @@ class RoundBackend:
 
     def __init__(self, service: Service, client: str, stop: tuple[str, ...]) -> None:
         self._service, self._client, self._stop = service, client, stop
-        self.builtin_tools = service.model.builtin_tools
+        self.builtin_tools, self.wants_guide = service.model.builtin_tools, service.model.wants_guide
         self.jobs: list[Job] = []
 
     def stream(self, messages: Any, tools: Any = None, **sampling: Any) -> Any:

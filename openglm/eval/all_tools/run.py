@@ -28,13 +28,14 @@ def check() -> None:
 
 def evaluate(
     backend: ChatBackend, folder: Path, name: str, limit: int | None = None, n_parallel: int = 8,
-    max_new_tokens: int | None = None, guided: bool = False,
+    max_new_tokens: int | None = None, guided: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics (see `summary`); results, traces and report.html are left in the folder, where a stopped run goes on."""
     from tqdm import tqdm
 
     check()
     tasks = load_suite(limit)
+    guided = bool(getattr(backend, "wants_guide", False)) if guided is None else guided
     longest = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     config = RunConfig(n_parallel=n_parallel, guided=guided, **longest)
     done = {mode: [0, 0] for mode in MODES}  # right, all
