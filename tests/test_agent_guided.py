@@ -150,6 +150,17 @@ def test_a_call_that_failed_is_not_made_again() -> None:
     assert outcome_of(Agent(model, [bad, good], GUIDED), "go").answer == "I cannot." and len(bad.calls) == 2
 
 
+def test_a_call_that_was_made_is_thought_over() -> None:
+    """Unless it takes no arguments: scrolling goes on."""
+    double, scroll = tools()[0], FakeTool("scroll", lambda *_: "more")
+    model = Scripted(next_is("double"), '{"n": 2}', next_is("double"), '{"n": 2}', next_is("answer"), "4")
+    assert outcome_of(Agent(model, [double, scroll], GUIDED), "Twice 2?").answer == "4"
+    assert double.calls == [{"n": 2}] and "this was done already" in model.asked[4][0][-1].content
+    model = Scripted(next_is("scroll"), "{}", next_is("scroll"), "{}", next_is("answer"), "read")
+    outcome_of(Agent(model, [double, scroll], GUIDED), "Read it.")
+    assert scroll.calls == [{}, {}]
+
+
 def test_without_grammars_it_is_not_guided() -> None:
     model = Scripted(ValueError("no grammars here"), call("double", n=1), "2")
     outcome = outcome_of(Agent(model, tools(), GUIDED), "go")

@@ -3,7 +3,7 @@
     step = await guide.step(messages, specs, records)      # Step("get_order", ToolCall("get_order", '{"id": "K5"}'))
 
 The model names what is needed and the tool that gives it (see choice.py), and its arguments are drawn. A call whose
-arguments nobody said, or that failed before just so, is not made at once: the model is told what is missing, and
+arguments nobody said, or that was made before just so, is not made at once: the model is told what is missing, and
 chooses among the other tools; only where it finds nothing better there is the call made all the same. Whatever it
 writes beside a call is dropped: it would be believed over what the call gives.
 """
@@ -72,15 +72,22 @@ class Guide:
         """A better step than this call; None where it is to be made."""
         waiting |= {call.name}
         others = [spec for spec in specs if spec.name not in waiting]
-        failed = any(_key(r.call) == _key(call) and r.status != "done" for r in records)
-        why = NOT_YET["failed"] if failed else self._missing(call, messages)
+        made = [r for r in records if _key(r.call) == _key(call)]
+        failed = bool(made) and made[-1].status != "done"
+        if made and not failed:  # what takes no arguments, such as scrolling, may be done again
+            spec = next((spec for spec in specs if spec.name == call.name), None)
+            why = NOT_YET["done"] if spec is not None and spec.parameters.get("required") else ""
+        elif failed:
+            why = NOT_YET["failed"].format(names=", ".join(json.loads(call.arguments)) or "call")
+        else:
+            why = self._missing(call, messages)
         if not why or not others or (call.name in self._sent_back and not failed):
             return None
         self._sent_back.add(call.name)
         notes = [*notes, (call.name, call.arguments, why)]
         step = await self.step(messages, specs, records, waiting, notes)
         if step is None or step.name == ANSWER:
-            return Step(ANSWER) if failed else None
+            return Step(ANSWER) if made else None
         return step
 
     def _missing(self, call: ToolCall, messages: Sequence[Message]) -> str:

@@ -46,9 +46,9 @@ CLOSING = {
     "zh": "用户看不到工具返回的内容：请把结果写在回答里。",
 }
 FROM_RESULTS = {
-    "en": "You are a helpful assistant. Answer the user's question in a full sentence from what is known now; the user "
-    "does not see it, so do not speak of tools.",
-    "zh": "你是一个乐于助人的助手。请根据现在已知的内容用完整的句子回答用户的问题；"
+    "en": "You are a helpful assistant. Answer the user's question in a full sentence from what is known now, in the "
+    "units and with the rounding that it asks for; the user does not see what is known, so do not speak of tools.",
+    "zh": "你是一个乐于助人的助手。请根据现在已知的内容用完整的句子回答用户的问题，单位和小数位数按问题的要求；"
     "用户看不到这些内容，所以不要提到工具。",
 }
 CITE = {
@@ -71,14 +71,15 @@ KNOWN = {
 NOT_YET = {
     "argument": "Not called: nothing says what {names} is. Get it first with another tool.",
     "number": "Not run: nothing says the number {value}. Get it first with another tool.",
-    "failed": "Not called again: it failed with these arguments. Use another tool, or other arguments.",
+    "failed": "Not called again: it failed with this {names}. Get the right {names} first with another tool.",
+    "done": "Not called again: this was done already, with the result above.",
 }
 PROGRAM_REQUEST = {
     "en": "Write a Python program that works out the answer. Give each quantity a variable of its own, with a comment "
-    "that says what it is and where it comes from; go step by step, and print what is asked for at the end. Write only "
-    "the program, in a ```python block.",
+    "that says what it is and where it comes from; write numbers in full (2.5 thousand is 2500), go step by step, and "
+    "print what is asked for at the end. Write only the program, in a ```python block.",
     "zh": "请写一个 Python 程序来求出答案。每个量用一个变量，并用注释说明它是什么、怎么得来的；"
-    "一步一步计算，最后用 print 输出所求的结果。只写程序，放在 ```python 代码块里。",
+    "数字写完整（2.5 千写成 2500），一步一步计算，最后用 print 输出所求的结果。只写程序，放在 ```python 代码块里。",
 }
 TIME_IS_UP = "The time was up before there was a result."
 PLAN_REQUEST = {

@@ -144,6 +144,7 @@ class LocalIndex:
         with self._lock:
             self._refresh()
             parts = query_parts(query)
+            asked = {token for part in parts for token in part}
             known = list(dict.fromkeys(token for part in parts for token in part if token in self._known))
             if self._engine is None or not known:
                 return []
@@ -155,8 +156,9 @@ class LocalIndex:
                 if scores[at] <= 0 or url in hits:
                     continue
                 document = self._documents[url]
-                has = set(tokens(text)) | set(tokens(document.page.title))
-                share = coverage(parts, has)
+                title = set(tokens(document.page.title))
+                # A query that holds the whole title of a document is about it, whatever else it asks for.
+                share = 1.0 if title and title <= asked else coverage(parts, set(tokens(text)) | title)
                 best = max(best, share)
                 if share >= LIKE_THE_BEST * max(best, COVERAGE):
                     snippet = _snippet(text, document.page.title, known)
