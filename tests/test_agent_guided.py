@@ -16,6 +16,8 @@ from openglm.agent.events import AgentConfig, CallRecord, Said
 from openglm.agent.guide import restated
 from openglm.agent.replay import replay
 from openglm.agent.trace import TraceWriter, read_trace
+from openglm.model.cost import is_small
+from openglm.presets import preset
 from openglm.types import Message, Observation, ToolCall, ToolSpec
 from tests.agent_helpers import FakeTool, Scripted, call, collect, outcome_of
 
@@ -159,6 +161,22 @@ def test_a_call_that_was_made_is_thought_over() -> None:
     model = Scripted(next_is("scroll"), "{}", next_is("scroll"), "{}", next_is("answer"), "read")
     outcome_of(Agent(model, [double, scroll], GUIDED), "Read it.")
     assert scroll.calls == [{}, {}]
+
+
+@pytest.mark.parametrize(("wants", "guided", "is_led"), [
+    (True, None, True), (False, None, False), (None, None, False), (True, False, False), (False, True, True),
+])  # fmt: skip
+def test_the_backend_says_whether_it_wants_a_guide(wants: bool | None, guided: bool | None, is_led: bool) -> None:
+    model = Scripted(*([next_is("answer")] if is_led else []), "Hello.")
+    if wants is not None:
+        model.wants_guide = wants  # type: ignore[attr-defined]
+    agent = Agent(model, tools(), AgentConfig(guided=guided))
+    assert outcome_of(agent, "Hi").answer == "Hello." and agent.config.guided is is_led
+    assert ("grammar" in model.asked[0][2]) is is_led
+
+
+def test_small_models_want_a_guide() -> None:
+    assert is_small(preset("glm-edge-1.5b")) and not is_small(preset("glm-4-9b"))
 
 
 def test_without_grammars_it_is_not_guided() -> None:
