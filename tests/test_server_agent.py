@@ -91,7 +91,7 @@ def server(folder: Path) -> Iterator[Server]:
     )
     toolbox = ToolboxConfig(python=False, browser=False, images=False, tools=(folder / "functions.py",))
     model, script = scripted("chatml")
-    config = ServeConfig(toolbox=toolbox, agent=AgentConfig(n_rounds=4), trace_dir=folder / "traces")
+    config = ServeConfig(toolbox=toolbox, agent=AgentConfig(n_rounds=4, guided=False), trace_dir=folder / "traces")
     with running(Service(model, config, "tiny")) as url:
         yield Server(url, script, model.tokenizer)
 
@@ -300,7 +300,7 @@ def test_python_keeps_its_state_in_a_conversation(tmp_path: Path) -> None:
     if why := PythonTool.why_not():
         pytest.skip(why)
     model, script = scripted("chatml")
-    config = ServeConfig(toolbox=ToolboxConfig(browser=False, images=False))
+    config = ServeConfig(toolbox=ToolboxConfig(browser=False, images=False), agent=AgentConfig(guided=False))
     with running(Service(model, config, "tiny")) as url:
         server = Server(url, script, model.tokenizer)
         made = server.client.files.create(file=("t.csv", b"a,b\n1,2\n"), purpose="assistants")

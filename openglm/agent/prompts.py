@@ -71,7 +71,7 @@ KNOWN = {
 NOT_YET = {
     "argument": "Not called: nothing says what {names} is. Get it first with another tool.",
     "number": "Not run: nothing says the number {value}. Get it first with another tool.",
-    "failed": "Not called again: it failed with this {names}. Get the right {names} first with another tool.",
+    "failed": "Not called again: it failed with this {names}. First get the right {names} from the tool that may know it.",
     "done": "Not called again: this was done already, with the result above.",
 }
 PROGRAM_REQUEST = {
