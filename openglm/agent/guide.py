@@ -71,21 +71,19 @@ class Guide:
     ) -> Step | None:  # fmt: skip
         """A better step than this call; None where it is to be made."""
         waiting |= {call.name}
-        others = [spec for spec in specs if spec.name not in waiting]
-        made = [r for r in records if _key(r.call) == _key(call)]
-        failed = bool(made) and made[-1].status != "done"
-        if made and not failed:  # what takes no arguments, such as scrolling, may be done again
-            spec = next((spec for spec in specs if spec.name == call.name), None)
+        made = next((r.status for r in reversed(records) if _key(r.call) == _key(call)), None)
+        failed = made not in (None, "done")
+        spec = next((spec for spec in specs if spec.name == call.name), None)
+        if failed:
+            why = NOT_YET["code"] if call.name in self._bodies else NOT_YET["failed"].format(names=_names(call))
+        elif made:  # what takes no arguments, such as scrolling, may be done again
             why = NOT_YET["done"] if spec is not None and spec.parameters.get("required") else ""
-        elif failed:
-            why = NOT_YET["failed"].format(names=", ".join(json.loads(call.arguments)) or "call")
         else:
             why = self._missing(call, messages)
-        if not why or not others or (call.name in self._sent_back and not failed):
+        if not why or waiting >= {spec.name for spec in specs} or (call.name in self._sent_back and not failed):
             return None
         self._sent_back.add(call.name)
-        notes = [*notes, (call.name, call.arguments, why)]
-        step = await self.step(messages, specs, records, waiting, notes)
+        step = await self.step(messages, specs, records, waiting, [*notes, (call.name, call.arguments, why)])
         if step is None or step.name == ANSWER:
             return Step(ANSWER) if made else None
         return step
@@ -119,8 +117,8 @@ class Guide:
         shown = restated(messages)
         if self.writes_program(specs):
             last = _last_user(shown)
-            user = shown[last]
-            shown[last] = dataclasses.replace(user, content=f"{user.content}\n\n{PROGRAM_REQUEST[language]}")
+            request = PROGRAM_REQUEST[language].format(description=specs[0].description)
+            shown[last] = dataclasses.replace(shown[last], content=f"{shown[last].content}\n\n{request}")
         if messages[0].role == "system" or self._system is not None:
             return shown
         system = "" if self.writes_program(specs) else system_text(specs, language)
@@ -169,6 +167,14 @@ def _stuck(records: Sequence[CallRecord]) -> frozenset[str]:
     names = {r.call.name for r in records[-2:]}
     failed = len(records) >= 2 and all(r.status != "done" for r in records[-2:])
     return frozenset(names if failed and len(names) == 1 else ())
+
+
+def _names(call: ToolCall) -> str:
+    """Of its arguments."""
+    try:
+        return ", ".join(json.loads(call.arguments)) or "call"
+    except (ValueError, TypeError, RecursionError):
+        return "call"
 
 
 def _key(call: ToolCall) -> tuple[str, str]:
