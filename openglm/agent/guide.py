@@ -19,7 +19,7 @@ from openglm.agent.browser.citations import sources_in
 from openglm.agent.choice import ANSWER
 from openglm.agent.events import CallRecord
 from openglm.agent.grounding import made_up
-from openglm.agent.prompts import KNOWN, NOT_YET, PROGRAM_REQUEST, answer_text, language_of, system_text
+from openglm.agent.prompts import KNOWN, NOT_YET, PROGRAM_REQUEST, RESULTS, answer_text, language_of, system_text
 from openglm.types import BUILTIN_TOOLS, Message, ToolCall, ToolSpec
 
 __all__ = ["Guide", "Step", "restated"]
@@ -114,7 +114,7 @@ class Guide:
         specs: the tool of the step; none: the answer.
         """
         language = language_of(messages)
-        shown = restated(messages)
+        shown = restated(messages, to_answer=not specs)
         if self.writes_program(specs):
             last = _last_user(shown)
             request = PROGRAM_REQUEST[language].format(description=specs[0].description)
@@ -127,10 +127,11 @@ class Guide:
         return [Message("system", system), *shown] if system else shown
 
 
-def restated(messages: Sequence[Message]) -> list[Message]:
+def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Message]:
     """The conversation with what tools gave since the user last spoke put behind the user's words.
 
-    What the model wrote before its calls is left out, and it sees no call that it might repeat.
+    What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: the results
+    come first, without the programs that gave them: the question is what is to be answered.
     """
     last = _last_user(messages)
     calls = {call.id: call for m in messages[last + 1 :] for call in m.tool_calls}
@@ -138,11 +139,14 @@ def restated(messages: Sequence[Message]) -> list[Message]:
     for m in messages[last + 1 :]:
         if m.role == "tool":
             call = calls.get(m.tool_call_id)
-            lines.append(f"{m.name} {_shown(call) if call else ''}:\n{m.content}")
+            given = _shown(call, to_answer) if call else ""
+            lines.append(f"{m.name} {given}:\n{m.content}" if given else f"{m.name}:\n{m.content}")
     if not lines:
         return list(messages)
     user = messages[last]
-    text = "\n\n".join([user.content, KNOWN[language_of(messages)], *lines])
+    language = language_of(messages)
+    parts = [RESULTS[language], *lines, user.content] if to_answer else [user.content, KNOWN[language], *lines]
+    text = "\n\n".join(parts)
     return [*messages[:last], dataclasses.replace(user, content=text)]
 
 
@@ -150,15 +154,15 @@ def _last_user(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
 
 
-def _shown(call: ToolCall) -> str:
-    """The arguments of a call; of a program, its text alone."""
+def _shown(call: ToolCall, to_answer: bool) -> str:
+    """The arguments of a call; of a program, its text alone, which is nothing to answer from."""
     body = BUILTIN_TOOLS.get(call.name)
     try:
         value = json.loads(call.arguments)
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict) and list(value) == [body] and isinstance(value[body], str):
-        return f"\n{value[body]}\n"[:ARGUMENTS_CHARS]
+        return "" if to_answer else f"\n{value[body]}\n"[:ARGUMENTS_CHARS]
     return call.arguments[:ARGUMENTS_CHARS]
 
 

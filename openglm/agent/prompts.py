@@ -9,7 +9,7 @@ from openglm.types import Message, ToolSpec
 
 __all__ = [
     "ANSWER_NOW", "CALL_REQUEST", "KNOWN", "LAST_CALL", "NOT_YET", "PLAN_REQUEST", "PROGRAM_REQUEST", "REPAIR_REQUEST",
-    "TIME_IS_UP", "answer_text", "language_of", "system_text",
+    "RESULTS", "TIME_IS_UP", "answer_text", "language_of", "system_text",
 ]  # fmt: skip
 
 Language = Literal["en", "zh"]
@@ -67,6 +67,7 @@ KNOWN = {
     "en": "What tools gave for this:",
     "zh": "工具为此给出的结果：",
 }
+RESULTS = {"en": "Results:", "zh": "结果："}  # before the question that they answer
 # Of a call that is not made yet, among what was done so far.
 NOT_YET = {
     "argument": "Not called: nothing says what {names} is. Get it first with another tool.",
