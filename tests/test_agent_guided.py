@@ -87,7 +87,9 @@ def test_words_beside_a_call_are_dropped(tmp_path: Path) -> None:
     assert "".join(e.text for e in events if isinstance(e, Said)) == "It is 42."
     assert not any("41" in m.content for m in outcome.messages)
     last = model.asked[-1][0]
-    assert [m.role for m in last] == ["system", "user"] and last[1].content == "Results:\n\npython:\n42\n\n6 * 7?"
+    assert [m.role for m in last] == ["system", "user"] and (
+        last[1].content == "6 * 7?\n\nResults:\n\npython:\n42\n\n(Answer the user's question now, with this result.)"
+    )
     assert read_trace(path).answers[1].pieces == (("text", imagined),) and replay(read_trace(path)) == []
 
 
@@ -101,7 +103,8 @@ def test_earlier_turns_stay_as_they_were() -> None:
     shown = restated([*turn, *again])
     assert shown[:-1] == turn[:-1] and shown[-1].role == "user"
     assert shown[-1].content == 'Twice 3?\n\nWhat tools gave for this:\n\ndouble {"n": 3}:\n6'
-    assert restated([*turn, *again], to_answer=True)[-1].content == 'Results:\n\ndouble {"n": 3}:\n6\n\nTwice 3?'
+    last = restated([*turn, *again], to_answer=True)[-1].content
+    assert last.startswith('Twice 3?\n\nResults:\n\ndouble {"n": 3}:\n6\n\n(Answer the')
 
 
 def test_arguments_that_nobody_said_are_looked_up_first() -> None:

@@ -19,7 +19,16 @@ from openglm.agent.browser.citations import sources_in
 from openglm.agent.choice import ANSWER
 from openglm.agent.events import CallRecord
 from openglm.agent.grounding import made_up
-from openglm.agent.prompts import KNOWN, NOT_YET, PROGRAM_REQUEST, RESULTS, answer_text, language_of, system_text
+from openglm.agent.prompts import (
+    ANSWER_NOW,
+    KNOWN,
+    NOT_YET,
+    PROGRAM_REQUEST,
+    RESULTS,
+    answer_text,
+    language_of,
+    system_text,
+)
 from openglm.types import BUILTIN_TOOLS, Message, ToolCall, ToolSpec
 
 __all__ = ["Guide", "Step", "restated"]
@@ -130,8 +139,8 @@ class Guide:
 def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Message]:
     """The conversation with what tools gave since the user last spoke put behind the user's words.
 
-    What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: the results
-    come first, without the programs that gave them: the question is what is to be answered.
+    What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: without the
+    programs that gave the results, which stand last: behind them it would work the question out anew.
     """
     last = _last_user(messages)
     calls = {call.id: call for m in messages[last + 1 :] for call in m.tool_calls}
@@ -145,8 +154,8 @@ def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Messa
         return list(messages)
     user = messages[last]
     language = language_of(messages)
-    parts = [RESULTS[language], *lines, user.content] if to_answer else [user.content, KNOWN[language], *lines]
-    text = "\n\n".join(parts)
+    heading, close = (RESULTS, [ANSWER_NOW[language]]) if to_answer else (KNOWN, [])
+    text = "\n\n".join([user.content, heading[language], *lines, *close])
     return [*messages[:last], dataclasses.replace(user, content=text)]
 
 

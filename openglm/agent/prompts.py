@@ -67,7 +67,7 @@ KNOWN = {
     "en": "What tools gave for this:",
     "zh": "工具为此给出的结果：",
 }
-RESULTS = {"en": "Results:", "zh": "结果："}  # before the question that they answer
+RESULTS = {"en": "Results:", "zh": "结果："}
 # Of a call that is not made yet, among what was done so far.
 NOT_YET = {
     "argument": "Not called: nothing says what {names} is. Get it first with another tool.",
