@@ -87,9 +87,8 @@ def test_words_beside_a_call_are_dropped(tmp_path: Path) -> None:
     assert "".join(e.text for e in events if isinstance(e, Said)) == "It is 42."
     assert not any("41" in m.content for m in outcome.messages)
     last = model.asked[-1][0]
-    assert [m.role for m in last] == ["system", "user"] and (
-        last[1].content == "6 * 7?\n\nResults:\n\npython:\n42\n\n(Answer the user's question now, with this result.)"
-    )
+    assert [m.role for m in last] == ["system", "user"] and last[1].content.startswith("6 * 7?\n\nResults:\n\npython")
+    assert "print(6 * 7)\n:\n42\n\n(Answer the" in last[1].content and "41" not in last[1].content
     assert read_trace(path).answers[1].pieces == (("text", imagined),) and replay(read_trace(path)) == []
 
 

@@ -139,8 +139,8 @@ class Guide:
 def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Message]:
     """The conversation with what tools gave since the user last spoke put behind the user's words.
 
-    What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: without the
-    programs that gave the results, which stand last: behind them it would work the question out anew.
+    What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: the
+    results stand last: it would work out anew a question behind them.
     """
     last = _last_user(messages)
     calls = {call.id: call for m in messages[last + 1 :] for call in m.tool_calls}
@@ -148,7 +148,7 @@ def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Messa
     for m in messages[last + 1 :]:
         if m.role == "tool":
             call = calls.get(m.tool_call_id)
-            given = _shown(call, to_answer) if call else ""
+            given = _shown(call) if call else ""
             lines.append(f"{m.name} {given}:\n{m.content}" if given else f"{m.name}:\n{m.content}")
     if not lines:
         return list(messages)
@@ -163,15 +163,15 @@ def _last_user(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
 
 
-def _shown(call: ToolCall, to_answer: bool) -> str:
-    """The arguments of a call; of a program, its text alone, which is nothing to answer from."""
+def _shown(call: ToolCall) -> str:
+    """The arguments of a call; of a program, its text alone, which says what its result is."""
     body = BUILTIN_TOOLS.get(call.name)
     try:
         value = json.loads(call.arguments)
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict) and list(value) == [body] and isinstance(value[body], str):
-        return "" if to_answer else f"\n{value[body]}\n"[:ARGUMENTS_CHARS]
+        return f"\n{value[body]}\n"[:ARGUMENTS_CHARS]
     return call.arguments[:ARGUMENTS_CHARS]
 
 
