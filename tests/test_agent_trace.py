@@ -70,7 +70,8 @@ def test_a_trace_tells_all_and_replays(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     record(path, script(), CONFIG)
     trace = read_trace(path)
-    assert trace.model == "scripted" and trace.config == dataclasses.replace(CONFIG, guided=False) and trace.sampling["temperature"] == 0.5
+    assert trace.model == "scripted" and trace.config == dataclasses.replace(CONFIG, guided=False)
+    assert trace.sampling["temperature"] == 0.5
     assert trace.sampling["grammar"] == Grammar("json_schema", '{"type": "string"}')
     assert [t.name for t in trace.tools] == ["double", "plot", "long", "denied"]
     outcome = trace.outcome
