@@ -318,7 +318,7 @@ class _Run:
         emit = self._emit if not held else lambda event: self._emit(event) if isinstance(event, Thought) else None
         turn = Turn(number, specs or self._specs, emit, runs_code=runs_code)
         self._turn = None if held else turn
-        offered = () if held and self._guide.writes_program(specs) else specs
+        offered = () if held and self._guide.writes_program(specs, self._messages) else specs
         async with aclosing(self._stream(messages, offered)) as events:
             async for event in events:
                 turn.feed(event)

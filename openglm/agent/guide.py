@@ -111,9 +111,12 @@ class Guide:
             return NOT_YET["number"].format(value=", ".join(found.values()))
         return NOT_YET["argument"].format(names=", ".join(found))
 
-    def writes_program(self, specs: Sequence[ToolSpec]) -> bool:
-        """Whether a program is asked for, in place of a call with one in it."""
-        return [spec.name for spec in specs] == ["python"] and "python" in self._bodies - self._builtin
+    def writes_program(self, specs: Sequence[ToolSpec], messages: Sequence[Message]) -> bool:
+        """Whether a program is asked for, in place of a call with one in it. Asked so in Chinese, a small model wrote
+        worse ones, in words that are no names.
+        """
+        is_python = [spec.name for spec in specs] == ["python"] and "python" in self._bodies - self._builtin
+        return is_python and language_of(messages) == "en"
 
     def told(
         self, messages: Sequence[Message], specs: Sequence[ToolSpec], records: Sequence[CallRecord]
@@ -124,13 +127,13 @@ class Guide:
         """
         language = language_of(messages)
         shown = restated(messages, to_answer=not specs)
-        if self.writes_program(specs):
+        if self.writes_program(specs, messages):
             last = _last_user(shown)
-            request = PROGRAM_REQUEST[language].format(description=specs[0].description)
+            request = PROGRAM_REQUEST.format(description=specs[0].description)
             shown[last] = dataclasses.replace(shown[last], content=f"{shown[last].content}\n\n{request}")
         if messages[0].role == "system" or self._system is not None:
             return shown
-        system = "" if self.writes_program(specs) else system_text(specs, language)
+        system = "" if self.writes_program(specs, messages) else system_text(specs, language)
         if not specs and records:
             system = answer_text(language, bool(sources_in(r.observation.data for r in records)))
         return [Message("system", system), *shown] if system else shown

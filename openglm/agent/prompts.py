@@ -76,15 +76,12 @@ NOT_YET = {
     "code": "Not run again: this failed. Write it in another way, or get what is missing with another tool.",
     "done": "Not called again: this was done already, with the result above.",
 }
-PROGRAM_REQUEST = {
-    "en": "Write a Python program that works out the answer, or does what is asked. Give each quantity a variable of "
-    "its own, with a comment that says what it is and where it comes from; write numbers in full (2.5 thousand is "
-    "2500), go step by step, and print what is asked for at the end. Write only the program, in a ```python block. "
-    "What runs it: {description}",
-    "zh": "请写一个 Python 程序来求出答案或完成要求。每个量用一个变量，并用注释说明它是什么、怎么得来的；"
-    "数字写完整（2.5 千写成 2500），一步一步计算，最后用 print 输出所求的结果。只写程序，放在 ```python 代码块里。"
-    "运行环境：{description}",
-}
+PROGRAM_REQUEST = (
+    "Write a Python program that works out the answer, or does what is asked. Give each quantity a variable of its "
+    "own, with a comment that says what it is and where it comes from; write numbers in full (2.5 thousand is 2500), "
+    "go step by step, and print what is asked for at the end. Write only the program, in a ```python block. What runs "
+    "it: {description}"
+)
 TIME_IS_UP = "The time was up before there was a result."
 PLAN_REQUEST = {
     "en": "Before you begin: write a short plan for this task, one numbered line for each step, and say which of these "
