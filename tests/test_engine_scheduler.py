@@ -63,6 +63,42 @@ def test_a_long_prompt_runs_in_pieces_between_the_tokens_of_others() -> None:
     assert pieces == [(0, 7, 0), (7, 7, 0), (14, 7, 0), (21, 7, 0), (28, 2, 1)]
 
 
+def test_a_beginning_that_many_have_is_run_once() -> None:
+    scheduler = make(n_pages=400, n_parallel=8, step_tokens=50)
+    beginning = list(range(120))
+    alike = [Request(i, [*beginning, *range(1000 * i, 1000 * i + 20)], 140, 4) for i in range(1, 4)]
+    other = request(9, 30)
+    for one in [*alike, other]:
+        scheduler.add(one)
+    while alike[0].n_drawn == 0:
+        plan = scheduler.schedule()
+        assert {w.request for w in plan.work} == {alike[0]}, "the first in line is not overtaken"
+        carry_out(scheduler, plan)
+    plan = scheduler.schedule()
+    assert [(w.request, w.start) for w in plan.work[:3]] == [(alike[0], 140), (alike[1], 120), (alike[2], 120)]
+    carry_out(scheduler, plan)
+    while scheduler.running:
+        carry_out(scheduler, scheduler.schedule())
+    assert all(r.state == "finished" for r in [*alike, other]) and scheduler.n_reused == 240
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_who_waits_for_a_beginning_goes_on_without_it(share: bool) -> None:
+    """The one that runs it is cancelled; and without a prefix cache there is nothing to wait for."""
+    scheduler = Scheduler(BlockManager(400, 4, share=share), 8, 50)
+    first, second = (Request(i, [*range(120), i], 121, 4) for i in (1, 2))
+    scheduler.add(first)
+    scheduler.add(second)
+    carry_out(scheduler, scheduler.schedule())
+    carry_out(scheduler, scheduler.schedule())
+    assert second.state == "waiting"
+    if share:
+        scheduler.finish(first)
+    plan = scheduler.schedule()
+    assert [(w.request, w.start) for w in plan.work if w.request is second] == [(second, 0)]
+    carry_out(scheduler, plan)
+
+
 def test_prefix_models_run_a_prompt_in_one_piece() -> None:
     scheduler = make(n_pages=64, whole=True)
     for number, n_prompt in enumerate((30, 30, 3)):

@@ -4,7 +4,8 @@
 
 Every pass holds the next token of each running request (with drafts to verify) and, in what the token budget leaves,
 pieces of prompts. Requests wait in a fair queue: clients take turns, within one client first come, first served. The
-first in line is never overtaken, so no one starves. When pages run out the newest running request gives its own back
+first in line is never overtaken, so no one starves; it waits while another one runs the beginning that both have, and
+then finds that in the prefix cache. When pages run out the newest running request gives its own back
 and goes to the front of the queue; it keeps its drawn tokens and runs prompt and answer again when there is room. The
 oldest one therefore always gets on, and every request ends.
 """
@@ -19,6 +20,8 @@ from openglm.engine.blocks import BlockManager
 from openglm.engine.request import Request
 
 __all__ = ["FairQueue", "Plan", "Scheduler", "Work"]
+
+WORTH_A_PASS = 64  # tokens that a request does not run itself, for which it waits a pass or more
 
 
 class Work(NamedTuple):
@@ -197,6 +200,9 @@ class Scheduler:
         if request is None:
             return False
         shared = self.blocks.match(request.ids)
+        if self._is_coming(request, len(shared)):
+            self.blocks.release(shared)
+            return False
         missing = self.blocks.pages_for(len(request.ids)) - len(shared)
         pages = self.blocks.allocate(missing) if self.blocks.n_free >= missing + len(self.running) else None
         if pages is None:
@@ -213,6 +219,18 @@ class Scheduler:
             request.n_reused = request.n_cached
         self.running.append(request)
         return True
+
+    def _is_coming(self, request: Request, n_shared: int) -> bool:
+        """Whether half or more of what a request has to run is being run for another one with the same beginning, and
+        that is enough to be worth a pass."""
+        size = self.blocks.page_size
+        first, n = n_shared * size, len(request.ids)
+        half = first + max(-(-(n - first) // 2), WORTH_A_PASS)
+        wanted = -(-half // size) * size  # in whole pages; at least one token is left over
+        if not self.blocks.share or wanted >= n:
+            return False
+        beginning = request.ids[:wanted]
+        return any(r.n_pending > 1 and len(r.ids) >= wanted and r.ids[:wanted] == beginning for r in self.running)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
