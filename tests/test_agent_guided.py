@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from openglm.agent.agent import Agent
+from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import cited_by_overlap
-from openglm.agent.choice import ANSWER, choice_grammar, choice_messages, chosen
+from openglm.agent.choice import ANSWER, MANY, choice_grammar, choice_messages, chosen
 from openglm.agent.events import AgentConfig, CallRecord, Said
 from openglm.agent.guide import restated
 from openglm.agent.replay import replay
@@ -300,3 +302,23 @@ def test_the_mark_is_said_and_kept() -> None:
     events = asyncio.run(collect(Agent(model, [tool]), "When was the library opened?"))
     assert events[-1].outcome.answer == "It was opened in 1911.【4†Library】"
     assert "".join(e.text for e in events if isinstance(e, Said)) == events[-1].outcome.answer
+
+
+def test_with_many_tools_a_model_is_asked_first_whether_it_needs_one() -> None:
+    """A name alone comes first; a tool's leads to the choice that says what is needed, the answer's to the answer."""
+    asked: list[list[str]] = []
+
+    async def ask(messages: Sequence[Message], **sampling: Any) -> str:
+        properties = [*json.loads(sampling["grammar"].text)["properties"]]
+        asked.append(properties)
+        if properties == ["next"]:
+            return json.dumps({"next": "answer" if "tea" in messages[-1].content else "tool3"})
+        return json.dumps({"need": "x", "next": "tool5"})
+
+    def choose(n: int, question: str) -> str | None:
+        tools = [ToolSpec(f"tool{i}", f"Tool {i}.", {"type": "object"}) for i in range(n)]
+        return asyncio.run(Asides(ask).choice([Message("user", question)], tools, []))
+
+    assert choose(MANY, "Do you like tea?") == ANSWER and asked == [["next"]]
+    assert choose(MANY, "Where is order 5?") == "tool5" and asked[1:] == [["next"], ["need", "next"]]
+    assert choose(MANY - 1, "Do you like tea?") == "tool5" and asked[3:] == [["need", "next"]]

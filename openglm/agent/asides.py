@@ -6,7 +6,15 @@ import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Sequence
 
-from openglm.agent.choice import ANSWER, choice_grammar, choice_messages, chosen
+from openglm.agent.choice import (
+    ANSWER,
+    MANY,
+    choice_grammar,
+    choice_messages,
+    chosen,
+    first_grammar,
+    first_messages,
+)
 from openglm.agent.dispatch import argument_error
 from openglm.agent.events import CallRecord
 from openglm.agent.prompts import CALL_REQUEST, PLAN_REQUEST, REPAIR_REQUEST, language_of
@@ -37,6 +45,10 @@ class Asides:
             return ANSWER
         question = next((m.content for m in reversed(messages) if m.role == "user"), "")
         try:
+            if len(tools) >= MANY and not records and not notes:
+                first = await self._ask(first_messages(question, tools), grammar=first_grammar(tools), temperature=0.0)
+                if chosen(first, tools) in (None, ANSWER):
+                    return chosen(first, tools)
             asked = choice_messages(question, tools, records, notes)
             text = await self._ask(asked, grammar=choice_grammar(tools), temperature=0.0)
         except ValueError:

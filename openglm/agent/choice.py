@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from openglm.agent.events import CallRecord
 from openglm.types import Grammar, Message, ToolSpec
 
-__all__ = ["ANSWER", "choice_grammar", "choice_messages", "chosen"]
+__all__ = ["ANSWER", "MANY", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages"]
 
 ANSWER = "answer"
+MANY = 8  # tools from which on a model is asked first whether it needs one: with so many it finds a need for each
 N_EXAMPLES = 24  # tools that get an example of their own
 N_SHOWN = 4  # results that are shown, the last ones
 RESULT_CHARS = 700
@@ -33,6 +34,12 @@ results hold all that was asked for.
 
 Tools:
 {tools}"""
+FIRST = """You decide what to do next for the user's request. You can use one of these tools, or answer:
+{tools}
+- {answer}: reply at once. Right for what everybody knows, translations, opinions, small talk and writing, and once \
+the results hold what was asked for.
+If a tool needs something that the request does not say, such as where a person lives, get that first.
+Reply with one name."""
 PRACTICE = """The same with other tools, for practice:
 - pupil_room: Room in which a pupil lives.
 - key_code: Code of the key of a room.
@@ -118,6 +125,22 @@ def choice_messages(
         add(("" if i else PRACTICE.format(answer=answer)) + _request(request, calls), need, name)
     done = [(r.call.name, r.call.arguments, r.observation.content) for r in records[-N_SHOWN:]]
     return [*messages, Message("user", AGAIN.format(tools=listed) + _request(question, [*done, *notes]))]
+
+
+def first_messages(question: str, tools: Sequence[ToolSpec]) -> list[Message]:
+    """The prompt for a name alone, of a tool or the answer, before anything was done."""
+    answer = _answer_name(tools)
+    lines = "\n".join(f"- {tool.name}: {_first_sentence(tool.description)}" for tool in tools)
+    messages = [Message("system", FIRST.format(tools=lines, answer=answer))]
+    for request, _, name in _examples(tools):
+        messages += [Message("user", request), Message("assistant", json.dumps({"next": name or answer}))]
+    return [*messages, Message("user", question)]
+
+
+def first_grammar(tools: Sequence[ToolSpec]) -> Grammar:
+    names = {"enum": [*(tool.name for tool in tools), _answer_name(tools)]}
+    schema = {"type": "object", "properties": {"next": names}, "required": ["next"], "additionalProperties": False}
+    return Grammar("json_schema", json.dumps(schema))
 
 
 def choice_grammar(tools: Sequence[ToolSpec]) -> Grammar:
