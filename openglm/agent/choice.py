@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from openglm.agent.events import CallRecord
 from openglm.types import Grammar, Message, ToolSpec
@@ -138,16 +139,18 @@ def first_messages(question: str, tools: Sequence[ToolSpec]) -> list[Message]:
 
 
 def first_grammar(tools: Sequence[ToolSpec]) -> Grammar:
-    names = {"enum": [*(tool.name for tool in tools), _answer_name(tools)]}
-    schema = {"type": "object", "properties": {"next": names}, "required": ["next"], "additionalProperties": False}
-    return Grammar("json_schema", json.dumps(schema))
+    return _object({"next": _names(tools)})
 
 
 def choice_grammar(tools: Sequence[ToolSpec]) -> Grammar:
-    properties = {
-        "need": {"type": "string", "maxLength": NEED_CHARS},
-        "next": {"enum": [*(tool.name for tool in tools), _answer_name(tools)]},
-    }
+    return _object({"need": {"type": "string", "maxLength": NEED_CHARS}, "next": _names(tools)})
+
+
+def _names(tools: Sequence[ToolSpec]) -> dict[str, Any]:
+    return {"enum": [*(tool.name for tool in tools), _answer_name(tools)]}
+
+
+def _object(properties: dict[str, dict[str, Any]]) -> Grammar:
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     return Grammar("json_schema", json.dumps(schema))
 

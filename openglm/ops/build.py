@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).parent / ("_native.dll" if sys.platform == "win32" else
 
 # -ffp-contract=off: a product and a sum become one rounding only where the code says so, whatever is inlined.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
-COMMON = ["forward", "decode", "draw", "pack", "threads"]
+COMMON = ["forward", "decode", "draw", "pack", "threads", "workspace"]
 PLAIN: dict[str, list[str]] = {"plain": []}
 X86 = PLAIN | {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -18,15 +18,11 @@ namespace {
 const int64_t FEW = 4, MANY = 64;
 
 bool wants_bytes(const OgLinear &l) {
-  for (int i = 0; i < l.n_parts; i++)
-    if (l.parts[i].kind <= OG_INT8) return true;
-  return false;
+  return std::any_of(l.parts, l.parts + l.n_parts, [](const OgMatrix &m) { return m.kind <= OG_INT8; });
 }
 
 bool wants_floats(const OgLinear &l) {
-  for (int i = 0; i < l.n_parts; i++)
-    if (l.parts[i].kind > OG_INT8) return true;
-  return false;
+  return std::any_of(l.parts, l.parts + l.n_parts, [](const OgMatrix &m) { return m.kind > OG_INT8; });
 }
 
 int64_t n_segments(const OgChunk &single) {
@@ -387,18 +383,6 @@ void reserve(const Pass &p, Workspace &w) {
 
 } // namespace
 } // namespace openglm
-
-// Sizes of the structures, for a caller to see whether it was written for this library.
-OG_API int64_t og_layout() {
-  int64_t layout = 0;
-  for (int64_t n :
-       {sizeof(OgModel), sizeof(OgLayer), sizeof(OgPool), sizeof(OgBatch), sizeof(OgStream), sizeof(OgBurst)})
-    layout = layout * 1024 + n;
-  return layout;
-}
-
-OG_API void *og_workspace_new() { return new openglm::Workspace; }
-OG_API void og_workspace_free(void *w) { delete (openglm::Workspace *)w; }
 
 // 1; 0 where there is no memory for a pass of so many tokens, and nothing was computed.
 OG_API int og_forward(const OgModel *model, const OgPool *pool, const OgBatch *batch, void *workspace) {
