@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import uvicorn
 import yaml
-from fastapi import Body, Cookie, FastAPI, Form, Header, HTTPException, Query, Request, Response, Security
+from fastapi import Body, Cookie, FastAPI, Form, Header, HTTPException, Query, Request, Response, Security, UploadFile
 from fastapi.responses import PlainTextResponse, RedirectResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel, Field
@@ -63,6 +63,12 @@ def application() -> FastAPI:
     @app.post("/form", operation_id="send_form")
     def send_form(a: Annotated[str, Form()], b: Annotated[int, Form()]) -> str:
         return f"{a} {b}"
+
+    @app.post("/upload", operation_id="upload")
+    def upload(title: Annotated[str, Form()], pages: Annotated[list[int], Form()], notes: UploadFile,
+               more: list[UploadFile]) -> dict[str, Any]:  # fmt: skip
+        files = [(f.filename, f.content_type, f.file.read().decode()) for f in (notes, *more)]
+        return {"title": title, "pages": pages, "files": files}
 
     @app.get("/secret", operation_id="secret")
     def secret(token: Annotated[Any, Security(BEARER)]) -> str:
@@ -131,7 +137,7 @@ def call(tool: Tool, timeout_s: float | None = None, /, **arguments: Any) -> Obs
 
 
 def test_each_operation_is_a_tool_with_one_schema(tools: dict[str, Tool]) -> None:
-    assert len(tools) == 13
+    assert len(tools) == 14
     for tool in tools.values():
         jsonschema.Draft202012Validator.check_schema(tool.spec.parameters)
         assert "#/components" not in json.dumps(tool.spec.parameters)
@@ -142,6 +148,7 @@ def test_each_operation_is_a_tool_with_one_schema(tools: dict[str, Tool]) -> Non
     assert list(spec.parameters["properties"]) == ["name", "dry", "name_body", "age", "owner"]
     assert spec.parameters["required"] == ["name", "name_body", "age"]
     assert spec.parameters["properties"]["age"] == {"type": "integer", "minimum": 0}
+    assert tools["upload"].spec.parameters["properties"]["notes"]["description"] == "(the text in the file)"
 
 
 def test_arguments_reach_their_places(tools: dict[str, Tool]) -> None:
@@ -157,6 +164,12 @@ def test_arguments_reach_their_places(tools: dict[str, Tool]) -> None:
     assert json.loads(found.content) == {"path": "p", "body": {"name": "Tom", "age": 3, "owner": owner}, "dry": True}
     assert call(tools["add_up"], body=[1, 2, 3]).content == "6"
     assert call(tools["send_form"], a="x y", b=2).content == '"x y 2"'
+    answer = call(tools["upload"], title="标题", pages=[1, 2], notes="a\nb", more=["c", "d"])
+    kind = "application/octet-stream"
+    assert answer.data is not None and answer.data["json"] == {
+        "title": "标题", "pages": [1, 2],
+        "files": [["notes.txt", kind, "a\nb"], ["more.txt", kind, "c"], ["more.txt", kind, "d"]],
+    }  # fmt: skip
     assert call(tools["remove_pet"], name="p").content == "(done: HTTP 204)"
 
 

@@ -15,7 +15,9 @@ from urllib.parse import quote, urljoin, urlsplit
 from openglm.agent.tools.result import mime_of
 from openglm.types import Observation, ToolFile
 
-__all__ = ["Place", "Request", "fetch_text", "send"]
+__all__ = ["FORM", "JSON", "PARTS", "Place", "Request", "fetch_text", "send"]
+
+JSON, FORM, PARTS = "application/json", "application/x-www-form-urlencoded", "multipart/form-data"
 
 TIMEOUT_S, MAX_REDIRECTS = 30.0, 5
 MAX_BYTES, MAX_CHARACTERS, MAX_ERROR = 4 << 20, 20_000, 1000
@@ -41,6 +43,17 @@ class Request:
     headers: dict[str, str] = field(default_factory=dict)
     json: Any = None
     form: Mapping[str, Any] | None = None
+    parts: list[tuple[str, tuple[str | None, str, str]]] | None = None  # name; file name, text, type
+
+    def fill(self, body: Mapping[str, Any], encoding: str, files: frozenset[str]) -> None:
+        """The fields of a body. files: those that a server takes for files, in PARTS."""
+        if encoding == JSON:
+            self.json = body
+        elif encoding == FORM:
+            self.form = {k: v if isinstance(v, str | list) else _scalar(v) for k, v in body.items()}
+        else:
+            each = [(k, item) for k, v in body.items() for item in (v if isinstance(v, list) else [v])]
+            self.parts = [(k, _part(k, item, k in files)) for k, item in each]
 
     def put(self, place: Place, name: str, value: Any) -> None:
         """ValueError for a value that cannot stand there."""
@@ -90,6 +103,13 @@ def _scalar(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)  # true, 3, 0.5, nested values
 
 
+def _part(name: str, value: Any, is_file: bool) -> tuple[str | None, str, str]:
+    """(file name, text, type), with the types that OpenAPI gives to parts of which a document says nothing."""
+    if is_file:
+        return f"{name}.txt", _scalar(value), "application/octet-stream"
+    return None, _scalar(value), JSON if isinstance(value, Mapping | list) else "text/plain"
+
+
 # -------------------------------------------------------------------- sending
 
 
@@ -118,7 +138,9 @@ async def send(request: Request, timeout_s: float | None, name: str) -> Observat
 async def _exchange(client: Any, request: Request, name: str) -> Observation:
     options: dict[str, Any] = {"params": request.query or None, "headers": request.headers}
     if request.form is not None:
-        options["data"] = {k: v if isinstance(v, str | list) else _scalar(v) for k, v in request.form.items()}
+        options["data"] = request.form
+    elif request.parts is not None:
+        options["files"] = request.parts
     elif request.json is not None:
         options["json"] = request.json
     method, url = request.method, request.url

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, urljoin, urlsplit
 
 from openglm.agent.schema import check_schema, inline, named, schema_error
-from openglm.agent.tools.http_call import Place, Request, fetch_text, send
+from openglm.agent.tools.http_call import FORM, JSON, PARTS, Place, Request, fetch_text, send
 from openglm.config import nearest
 from openglm.types import Observation, ToolContext, ToolSpec
 
@@ -30,7 +30,6 @@ __all__ = ["Operation", "OpenAPISource", "OperationTool", "load_openapi"]
 log = logging.getLogger(__name__)
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
 PLACES = ("path", "query", "header", "cookie")
-FORM = "application/x-www-form-urlencoded"
 MAX_DESCRIPTION = 1000
 NOISE = ("xml", "externalDocs", "discriminator", "example", "examples", "title", "nullable", "readOnly", "writeOnly",
          "deprecated", "contentEncoding", "contentMediaType")  # fmt: skip
@@ -67,7 +66,9 @@ class OpenAPISource:
 
 @dataclass(frozen=True)
 class Operation:
-    """arguments: name -> (where it goes, its name there). body: "" (none), "fields" (of an object), "whole"."""
+    """arguments: name -> (where it goes, its name there). body: "" (none), "fields" (of an object), "whole"; encoding:
+    JSON, FORM or PARTS. files: fields of PARTS that are files; the argument is the text in one.
+    """
 
     name: str
     method: str
@@ -76,7 +77,8 @@ class Operation:
     spec: ToolSpec
     arguments: Mapping[str, tuple[Place, str]]
     body: str
-    form: bool
+    encoding: str
+    files: frozenset[str]
     body_required: bool
     auth: tuple[tuple[str, str, str], ...]  # (header, query or cookie; name; value)
 
@@ -102,7 +104,7 @@ class OperationTool:
             else:
                 body[there] = value
         if self.operation.body == "fields" and (body or self.operation.body_required):
-            request.form, request.json = (body, None) if self.operation.form else (None, body)
+            request.fill(body, self.operation.encoding, self.operation.files)
         for where, name, value in self.operation.auth:
             request.put(Place(where), name, value)
         return await send(request, context.timeout_s, self.spec.name)
@@ -211,7 +213,7 @@ def _operation(
         place = Place(kind, style, bool(explode), as_json=content is not None)
         schema = plain(content.get("schema", {}) if content else p.get("schema", {}))
         add(there, place, schema, bool(p.get("required")) or kind == "path", str(p.get("description") or ""))
-    body, form, body_required = _body(_entry(given.get("requestBody"), document, where), plain, add)
+    body, encoding, files, body_required = _body(_entry(given.get("requestBody"), document, where), plain, add)
     merged: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     text = "\n".join(filter(None, (given.get("summary"), given.get("description")))) or f"{method.upper()} {path}"
     more = {"required": required, "$defs": definitions}
@@ -220,31 +222,38 @@ def _operation(
     url = _server(document, source, item, given).rstrip("/") + path
     origin = f"{method.upper()} {path} in {source.document}"
     auth = _auth(document, source, given)
-    return Operation(name, method.upper(), url, origin, spec, arguments, body, form, body_required, auth)
+    return Operation(name, method.upper(), url, origin, spec, arguments, body, encoding, files, body_required, auth)
 
 
-def _body(request: Mapping[str, Any] | None, plain: Any, add: Any) -> tuple[str, bool, bool]:
-    """(kind, as a form, required): the fields of an object become arguments beside the others, anything else one."""
+def _body(request: Mapping[str, Any] | None, plain: Any, add: Any) -> tuple[str, str, frozenset[str], bool]:
+    """(kind, encoding, files, required): the fields of an object become arguments beside others, anything else one."""
+    none: frozenset[str] = frozenset()
     if not request:
-        return "", False, False
+        return "", JSON, none, False
     content, needed = request.get("content") or {}, bool(request.get("required"))
-    kind = next((k for k in content if k.split(";")[0].endswith(("/json", "+json"))), None)
-    form = kind is None and FORM in content
-    if kind is None and not form:
+    kinds = {k.split(";")[0].strip().lower(): k for k in content}
+    form = next((k for k in (FORM, PARTS) if k in kinds), JSON)
+    encoding = JSON if any(k.endswith(("/json", "+json")) for k in kinds) else form
+    kind = next((whole for k, whole in kinds.items() if k == encoding or k.endswith(("/json", "+json"))), None)
+    if kind is None:
         if needed:
             raise Unsupported(
                 f"its body is {' or '.join(content) or 'of no kind'}, and only JSON and forms can be sent"
             )
-        return "", False, False
-    schema = plain(content[FORM if form else kind].get("schema") or {})
+        return "", JSON, none, False
+    given = content[kind].get("schema") or {}
+    schema = plain(given)
     if schema.get("properties") and not any(word in schema for word in ("allOf", "anyOf", "oneOf")):
+        files = frozenset(name for name, inner in schema["properties"].items() if encoding == PARTS and _is_file(inner))
         for name, inner in schema["properties"].items():
+            if name in files:
+                inner = {**inner, "description": f"{inner.get('description', '')} (the text in the file)".strip()}
             add(name, Place("body"), inner, needed and name in schema.get("required", ()), "")
-        return "fields", form, needed
-    if form:
+        return "fields", encoding, files, needed
+    if encoding != JSON:
         raise Unsupported("a form without fields")
     add("body", Place("body"), schema, needed, str(request.get("description") or ""))
-    return "whole", False, needed
+    return "whole", JSON, none, needed
 
 
 def _schema(value: Any, names: bool = False) -> Any:
@@ -268,6 +277,8 @@ def _schema(value: Any, names: bool = False) -> Any:
         if isinstance(found.get(key), bool):  # 3.0
             if found.pop(key) and bound in found:
                 found[key] = found.pop(bound)
+    if "contentMediaType" in value and "contentEncoding" not in value:
+        found.setdefault("format", "binary")  # as 3.1 writes what 3.0 calls binary
     return _nullable(found) if value.get("nullable") is True else found
 
 
@@ -292,6 +303,13 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
         return {"anyOf": [schema, {"type": "null"}]}
     more = {"enum": [*schema["enum"], None]} if "enum" in schema and None not in schema["enum"] else {}
     return {**schema, "type": [schema["type"], "null"], **more}
+
+
+def _is_file(schema: Any) -> bool:
+    """One file, or a list of them."""
+    if not isinstance(schema, Mapping):
+        return False
+    return schema.get("format") == "binary" or _is_file(schema.get("items"))
 
 
 def _is_read_only(schema: Any) -> bool:
