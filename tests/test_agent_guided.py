@@ -13,7 +13,7 @@ import pytest
 from openglm.agent.agent import Agent
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import cited_by_overlap
-from openglm.agent.choice import ANSWER, MANY, choice_grammar, choice_messages, chosen
+from openglm.agent.choice import ANSWER, MANY, choice_grammar, choice_messages, chosen, first_messages
 from openglm.agent.events import AgentConfig, CallRecord, Said
 from openglm.agent.guide import restated
 from openglm.agent.replay import replay
@@ -240,7 +240,7 @@ def specs(*names: str) -> list[ToolSpec]:
 
 def test_examples_are_of_tools_that_are_there() -> None:
     def named(*names: str) -> set[str]:
-        messages = choice_messages("Who?", specs(*names), [])
+        messages = choice_messages([Message("user", "Who?")], specs(*names))
         assert messages[-1].content.endswith("Who?")
         end = next(i for i, m in enumerate(messages) if "for practice" in m.content)  # chains of made-up tools
         return {json.loads(m.content)["next"] for m in messages[:end] if m.role == "assistant"}
@@ -249,6 +249,21 @@ def test_examples_are_of_tools_that_are_there() -> None:
     assert named("search", "open_page", "find") == {"search", "open_page", "answer"}
     assert named("python", "search") == {"python", "search", "answer"}
     assert named("answer", "python") == {"answer", "python", "reply_to_user"}  # a tool with our word
+
+
+def test_the_choice_knows_what_was_said_and_done_before() -> None:
+    """Of a conversation its end, as the request may speak of it; and results that a caller's own tool gave."""
+    turns = [Message("system", "Be kind."), Message("user", "How old is Ann?"), Message("assistant", "Ann is 7."),
+             Message("user", "And " + 400 * "x"), Message("assistant", "", (ToolCall("age", "{}", "a"),)),
+             Message("tool", "9", (), "a", "age"), Message("assistant", "Bob is 9."),
+             Message("user", "Who is older?")]  # fmt: skip
+    for ask in (choice_messages, first_messages):
+        shown = ask(turns, specs("age"))[-1].content
+        assert "Said before:\nUser: How old is Ann?\nYou: Ann is 7.\nUser: And xxx" in shown and "Be kind" not in shown
+        assert shown.endswith("x ...\nYou: Bob is 9.\n\nRequest: Who is older?")
+    own = [Message("assistant", "", (ToolCall("age", '{"name": "Ann"}', "b"),)), Message("tool", "8", (), "b", "age")]
+    shown = choice_messages([*turns, *own], specs("age"))[-1].content
+    assert shown.endswith('Request: Who is older?\n\nDone so far:\n\nage {"name": "Ann"} gave:\n8')
 
 
 def test_names_of_the_choice() -> None:
@@ -317,7 +332,7 @@ def test_with_many_tools_a_model_is_asked_first_whether_it_needs_one() -> None:
 
     def choose(n: int, question: str) -> str | None:
         tools = [ToolSpec(f"tool{i}", f"Tool {i}.", {"type": "object"}) for i in range(n)]
-        return asyncio.run(Asides(ask).choice([Message("user", question)], tools, []))
+        return asyncio.run(Asides(ask).choice([Message("user", question)], tools))
 
     assert choose(MANY, "Do you like tea?") == ANSWER and asked == [["next"]]
     assert choose(MANY, "Where is order 5?") == "tool5" and asked[1:] == [["next"], ["need", "next"]]

@@ -14,9 +14,9 @@ from openglm.agent.choice import (
     chosen,
     first_grammar,
     first_messages,
+    results_of,
 )
 from openglm.agent.dispatch import argument_error
-from openglm.agent.events import CallRecord
 from openglm.agent.prompts import CALL_REQUEST, PLAN_REQUEST, REPAIR_REQUEST, language_of
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
@@ -37,19 +37,17 @@ class Asides:
         return (await self._ask([*messages, Message("user", request)])).strip()
 
     async def choice(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], records: Sequence[CallRecord],
-        notes: Sequence[tuple[str, str, str]] = (),
-    ) -> str | None:  # fmt: skip
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], notes: Sequence[tuple[str, str, str]] = ()
+    ) -> str | None:
         """The tool that is to be called next, or ANSWER; None where that is not known. notes: see choice_messages."""
         if not tools:
             return ANSWER
-        question = next((m.content for m in reversed(messages) if m.role == "user"), "")
         try:
-            if len(tools) >= MANY and not records and not notes:
-                first = await self._ask(first_messages(question, tools), grammar=first_grammar(tools), temperature=0.0)
+            if len(tools) >= MANY and not results_of(messages) and not notes:
+                first = await self._ask(first_messages(messages, tools), grammar=first_grammar(tools), temperature=0.0)
                 if chosen(first, tools) in (None, ANSWER):
                     return chosen(first, tools)
-            asked = choice_messages(question, tools, records, notes)
+            asked = choice_messages(messages, tools, notes)
             text = await self._ask(asked, grammar=choice_grammar(tools), temperature=0.0)
         except ValueError:
             return None

@@ -1,6 +1,6 @@
 """What a guided agent asks a model before each answer: what is needed now, and which tool gives it, or the answer.
 
-    messages = choice_messages(question, specs, records)
+    messages = choice_messages(conversation, specs)
     text = ...                 # drawn under choice_grammar(specs): {"need": "age of Ruth Adams", "next": "search"}
     chosen(text, specs)        # "search"
 
@@ -16,16 +16,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from openglm.agent.events import CallRecord
-from openglm.types import Grammar, Message, ToolSpec
+from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
-__all__ = ["ANSWER", "MANY", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages"]
+__all__ = [
+    "ANSWER", "MANY", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages", "last_user",
+    "results_of",
+]  # fmt: skip
 
 ANSWER = "answer"
 MANY = 8  # tools from which on a model is asked first whether it needs one: with so many it finds a need for each
 N_EXAMPLES = 24  # tools that get an example of their own
 N_SHOWN = 4  # results that are shown, the last ones
 RESULT_CHARS = 700
+N_EARLIER, EARLIER_CHARS = 4, 300  # messages of earlier turns that are shown, the last ones
 NEED_CHARS = 80
 SYSTEM = """You decide what to do next for the user's request. Say in a few words which single piece of information is \
 needed now, then name the tool that gives it. A tool can only be given what stands in the request or in a result: get \
@@ -53,6 +56,7 @@ PRACTICE = """The same with other tools, for practice:
 
 """
 AGAIN = "Now again with these tools:\n{tools}\n\n"
+SPEAKERS = {"user": "User", "assistant": "You"}
 SEARCHES = ("search", "simple_browser")
 OPENERS = ("open_page", "simple_browser")
 BROWSING = (*SEARCHES, *OPENERS, "click", "find", "scroll", "back", "quote")
@@ -105,11 +109,11 @@ CHAINS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str, str], ...] = (
 
 
 def choice_messages(
-    question: str, tools: Sequence[ToolSpec], records: Sequence[CallRecord],
-    notes: Sequence[tuple[str, str, str]] = (),
-) -> list[Message]:  # fmt: skip
-    """The prompt for a choice among the tools and the answer. records: the calls made so far. notes: those that were
-    thought of and not made: name, arguments, why.
+    conversation: Sequence[Message], tools: Sequence[ToolSpec], notes: Sequence[tuple[str, str, str]] = ()
+) -> list[Message]:
+    """The prompt for a choice among the tools and the answer, behind what was done since the user last spoke.
+
+    notes: calls that were thought of and not made: name, arguments, why.
     """
     answer = _answer_name(tools)
     lines = [f"- {tool.name}: {_first_sentence(tool.description)}" for tool in tools]
@@ -124,18 +128,42 @@ def choice_messages(
         add(*example)
     for i, (request, calls, need, name) in enumerate(CHAINS):
         add(("" if i else PRACTICE.format(answer=answer)) + _request(request, calls), need, name)
-    done = [(r.call.name, r.call.arguments, r.observation.content) for r in records[-N_SHOWN:]]
-    return [*messages, Message("user", AGAIN.format(tools=listed) + _request(question, [*done, *notes]))]
+    done = [(call.name, call.arguments, result) for call, result in results_of(conversation)[-N_SHOWN:]]
+    request = _request(_asked(conversation), [*done, *notes])
+    return [*messages, Message("user", AGAIN.format(tools=listed) + request)]
 
 
-def first_messages(question: str, tools: Sequence[ToolSpec]) -> list[Message]:
+def first_messages(conversation: Sequence[Message], tools: Sequence[ToolSpec]) -> list[Message]:
     """The prompt for a name alone, of a tool or the answer, before anything was done."""
     answer = _answer_name(tools)
     lines = "\n".join(f"- {tool.name}: {_first_sentence(tool.description)}" for tool in tools)
     messages = [Message("system", FIRST.format(tools=lines, answer=answer))]
     for request, _, name in _examples(tools):
         messages += [Message("user", request), Message("assistant", json.dumps({"next": name or answer}))]
-    return [*messages, Message("user", question)]
+    return [*messages, Message("user", _asked(conversation))]
+
+
+def results_of(conversation: Sequence[Message]) -> list[tuple[ToolCall, str]]:
+    """What tools gave since the user last spoke, each with its call."""
+    turn = conversation[last_user(conversation) + 1 :]
+    calls = {call.id: call for m in turn for call in m.tool_calls}
+    tools = [m for m in turn if m.role == "tool"]
+    return [(calls.get(m.tool_call_id) or ToolCall(m.name or "", ""), m.content) for m in tools]
+
+
+def last_user(conversation: Sequence[Message]) -> int:
+    """The place of what the user said last."""
+    return max((i for i, m in enumerate(conversation) if m.role == "user"), default=len(conversation) - 1)
+
+
+def _asked(conversation: Sequence[Message]) -> str:
+    """What the user said last, with the end of what was said before, which it may speak of."""
+    last = last_user(conversation)
+    said = [m for m in conversation[:last] if m.role in SPEAKERS and m.content.strip()][-N_EARLIER:]
+    if not said:
+        return conversation[last].content
+    lines = [f"{SPEAKERS[m.role]}: {_cut(m.content.strip(), EARLIER_CHARS)}" for m in said]
+    return "\n".join(["Said before:", *lines, "", f"Request: {conversation[last].content}"])
 
 
 def first_grammar(tools: Sequence[ToolSpec]) -> Grammar:
@@ -202,8 +230,8 @@ def _request(question: str, done: Sequence[tuple[str, str, str]]) -> str:
     return "\n\n".join([question, "Done so far:", *lines])
 
 
-def _cut(result: str) -> str:
-    return result if len(result) <= RESULT_CHARS else f"{result[:RESULT_CHARS]} ..."
+def _cut(text: str, n_chars: int = RESULT_CHARS) -> str:
+    return text if len(text) <= n_chars else f"{text[:n_chars]} ..."
 
 
 def _first_sentence(description: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import sources_in
-from openglm.agent.choice import ANSWER
+from openglm.agent.choice import ANSWER, last_user, results_of
 from openglm.agent.events import CallRecord
 from openglm.agent.grounding import made_up
 from openglm.agent.prompts import (
@@ -65,7 +65,7 @@ class Guide:
         waiting: tools that cannot be chosen. notes: calls that were not made: name, arguments, why.
         """
         open_ = [spec for spec in specs if spec.name not in waiting | _stuck(records)]
-        name = await self._asides.choice(messages, open_, records, notes)
+        name = await self._asides.choice(messages, open_, notes)
         if name is None or name == ANSWER or name in self._bodies:
             return None if name is None else Step(name)
         spec = next(spec for spec in specs if spec.name == name)
@@ -99,7 +99,7 @@ class Guide:
 
     def _missing(self, call: ToolCall, messages: Sequence[Message]) -> str:
         """What the arguments hold that nobody said, in words; nothing where all was said."""
-        last = _last_user(messages)
+        last = last_user(messages)
         known = "\n".join(m.content for i, m in enumerate(messages) if i <= last or m.role == "tool")
         try:
             found = made_up(json.loads(call.arguments or "{}"), known, code=call.name in self._bodies)
@@ -128,7 +128,7 @@ class Guide:
         language = language_of(messages)
         shown = restated(messages, to_answer=not specs)
         if self.writes_program(specs, messages):
-            last = _last_user(shown)
+            last = last_user(shown)
             request = PROGRAM_REQUEST.format(description=specs[0].description)
             shown[last] = dataclasses.replace(shown[last], content=f"{shown[last].content}\n\n{request}")
         if messages[0].role == "system" or self._system is not None:
@@ -145,25 +145,18 @@ def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Messa
     What the model wrote before its calls is left out, and it sees no call that it might repeat. to_answer: the
     results stand last: it would work out anew a question behind them.
     """
-    last = _last_user(messages)
-    calls = {call.id: call for m in messages[last + 1 :] for call in m.tool_calls}
     lines = []
-    for m in messages[last + 1 :]:
-        if m.role == "tool":
-            call = calls.get(m.tool_call_id)
-            given = _shown(call) if call else ""
-            lines.append(f"{m.name} {given}:\n{m.content}" if given else f"{m.name}:\n{m.content}")
+    for call, result in results_of(messages):
+        given = _shown(call)
+        lines.append(f"{call.name} {given}:\n{result}" if given else f"{call.name}:\n{result}")
     if not lines:
         return list(messages)
+    last = last_user(messages)
     user = messages[last]
     language = language_of(messages)
     heading, close = (RESULTS, [ANSWER_NOW[language]]) if to_answer else (KNOWN, [])
     text = "\n\n".join([user.content, heading[language], *lines, *close])
     return [*messages[:last], dataclasses.replace(user, content=text)]
-
-
-def _last_user(messages: Sequence[Message]) -> int:
-    return max((i for i, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
 
 
 def _shown(call: ToolCall) -> str:
