@@ -4,7 +4,7 @@
 
 The vocabulary is that of a GGUF file cut by one regular expression (Qwen2's has 151 thousand tokens, as GLM-4's has),
 cut GLM-4's way; without a file, one is trained on the text. Ids of all three must be equal. Each figure is the median
-of five runs, and the runs of the three take turns, since machines are noisy. Prints a table, and one JSON line last.
+of six runs, and the three take turns, in both orders, since machines are noisy. Prints a table, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from openglm.tokenizer.patterns import SPLIT
 from openglm.tokenizer.tiktoken import parse_ranks, write_ranks
 from openglm.tokenizer.train import train_bpe
 
-RUNS = 5
+RUNS = 6
 
 
 def read_texts(path: Path, limit: int) -> list[str]:
@@ -88,8 +88,8 @@ def measure(encoders: dict[str, Callable[[str], list[int]]], texts: Sequence[str
     ids = [[encode(text) for text in texts] for encode in encoders.values()]
     assert all(other == ids[0] for other in ids), "ids differ"
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
-    for _ in range(RUNS):
-        for name, encode in encoders.items():
+    for run in range(RUNS):
+        for name, encode in list(encoders.items())[:: -1 if run % 2 else 1]:  # the first finds the texts less warm
             seconds[name].append(timed(lambda encode=encode: [encode(text) for text in texts])[0])  # type: ignore[misc]
     size = sum(len(text.encode()) for text in texts) / 1e6
     return {name: size / statistics.median(values) for name, values in seconds.items()}

@@ -27,6 +27,8 @@ class Scripted:
     """A ChatBackend that gives one scripted answer after another; `asked` holds what it was asked.
 
     An answer is a text, a list of events, an exception to raise, or a function of the messages that gives one of them.
+    A guided agent's first question, for a name alone, is answered with the name in the scripted answer that comes next,
+    which stays for the question behind it unless the name is that of the answer.
     """
 
     def __init__(self, *answers: Any, pause_s: float = 0.0) -> None:
@@ -43,6 +45,9 @@ class Scripted:
         **sampling: Any,
     ) -> AsyncGenerator[Event]:
         given = [m for m in messages if isinstance(m, Message)]
+        if _asks_for_a_name(sampling) and self._answers and _name_in(self._answers[0]) not in (None, "answer"):
+            yield Event(json.dumps({"next": _name_in(self._answers[0])}), finish_reason="stop", usage=Usage(10, 1))
+            return
         self.asked.append((given, [t for t in tools or () if isinstance(t, ToolSpec)], sampling))
         assert self._answers, f"asked once more than scripted: {given[-1]}"
         answer = self._answers.pop(0)
@@ -56,6 +61,18 @@ class Scripted:
             yield event
         called = any(event.tool_call for event in events)
         yield Event(finish_reason="tool_calls" if called else "stop", usage=Usage(10, len(events)))
+
+
+def _asks_for_a_name(sampling: Mapping[str, Any]) -> bool:
+    grammar = sampling.get("grammar")
+    return grammar is not None and list(json.loads(grammar.text).get("properties", ())) == ["next"]
+
+
+def _name_in(answer: Any) -> str | None:
+    try:
+        return str(json.loads(answer)["next"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class FakeTool:

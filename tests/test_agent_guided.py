@@ -13,7 +13,7 @@ import pytest
 from openglm.agent.agent import Agent
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import cited_by_overlap
-from openglm.agent.choice import ANSWER, MANY, choice_grammar, choice_messages, chosen, first_messages
+from openglm.agent.choice import ANSWER, choice_grammar, choice_messages, chosen, first_messages
 from openglm.agent.events import AgentConfig, CallRecord, Said
 from openglm.agent.guide import restated
 from openglm.agent.replay import replay
@@ -91,7 +91,7 @@ def test_words_beside_a_call_are_dropped(tmp_path: Path) -> None:
     last = model.asked[-1][0]
     assert [m.role for m in last] == ["system", "user"] and last[1].content.startswith("6 * 7?\n\nResults:\n\npython")
     assert "print(6 * 7)\n:\n42\n\n(Answer the" in last[1].content and "41" not in last[1].content
-    assert read_trace(path).answers[1].pieces == (("text", imagined),) and replay(read_trace(path)) == []
+    assert read_trace(path).answers[2].pieces == (("text", imagined),) and replay(read_trace(path)) == []
 
 
 def test_earlier_turns_stay_as_they_were() -> None:
@@ -319,7 +319,7 @@ def test_the_mark_is_said_and_kept() -> None:
     assert "".join(e.text for e in events if isinstance(e, Said)) == events[-1].outcome.answer
 
 
-def test_with_many_tools_a_model_is_asked_first_whether_it_needs_one() -> None:
+def test_a_model_is_asked_first_whether_it_needs_a_tool() -> None:
     """A name alone comes first; a tool's leads to the choice that says what is needed, the answer's to the answer."""
     asked: list[list[str]] = []
 
@@ -327,13 +327,14 @@ def test_with_many_tools_a_model_is_asked_first_whether_it_needs_one() -> None:
         properties = [*json.loads(sampling["grammar"].text)["properties"]]
         asked.append(properties)
         if properties == ["next"]:
-            return json.dumps({"next": "answer" if "tea" in messages[-1].content else "tool3"})
-        return json.dumps({"need": "x", "next": "tool5"})
+            return json.dumps({"next": "answer" if "tea" in messages[-1].content else "halve"})
+        return json.dumps({"need": "x", "next": "double"})
 
-    def choose(n: int, question: str) -> str | None:
-        tools = [ToolSpec(f"tool{i}", f"Tool {i}.", {"type": "object"}) for i in range(n)]
-        return asyncio.run(Asides(ask).choice([Message("user", question)], tools))
+    def choose(*messages: Message) -> str | None:
+        asked.clear()
+        return asyncio.run(Asides(ask).choice(messages, specs("double", "halve")))
 
-    assert choose(MANY, "Do you like tea?") == ANSWER and asked == [["next"]]
-    assert choose(MANY, "Where is order 5?") == "tool5" and asked[1:] == [["next"], ["need", "next"]]
-    assert choose(MANY - 1, "Do you like tea?") == "tool5" and asked[3:] == [["need", "next"]]
+    order = Message("user", "Where is order 5?")
+    assert choose(Message("user", "Do you like tea?")) == ANSWER and asked == [["next"]]
+    assert choose(order) == "double" and asked == [["next"], ["need", "next"]]
+    assert choose(order, Message("tool", "4", (), "a", "double")) == "double" and asked == [["need", "next"]]

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from openglm.agent.choice import (
     ANSWER,
-    MANY,
     choice_grammar,
     choice_messages,
     chosen,
@@ -43,7 +42,7 @@ class Asides:
         if not tools:
             return ANSWER
         try:
-            if len(tools) >= MANY and not results_of(messages) and not notes:
+            if not results_of(messages) and not notes:
                 first = await self._ask(first_messages(messages, tools), grammar=first_grammar(tools), temperature=0.0)
                 if chosen(first, tools) in (None, ANSWER):
                     return chosen(first, tools)

@@ -4,6 +4,9 @@
     text = ...                 # drawn under choice_grammar(specs): {"need": "age of Ruth Adams", "next": "search"}
     chosen(text, specs)        # "search"
 
+Before anything was done it is asked for a name alone: asked what it needs, a small model finds a need in a question
+whose answer it knows.
+
 Small models know well which of a few names fits a request, and badly when to write a call and how. That one tool may
 need what another one gives first they see only when they say what is needed. The question comes with examples made from
 the tools that are there, with chains of calls of made-up tools, and with what was done so far.
@@ -19,12 +22,11 @@ from typing import Any
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
-    "ANSWER", "MANY", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages", "last_user",
+    "ANSWER", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages", "last_user",
     "results_of",
 ]  # fmt: skip
 
 ANSWER = "answer"
-MANY = 8  # tools from which on a model is asked first whether it needs one: with so many it finds a need for each
 N_EXAMPLES = 24  # tools that get an example of their own
 N_SHOWN = 4  # results that are shown, the last ones
 RESULT_CHARS = 700
