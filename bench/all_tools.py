@@ -3,9 +3,9 @@
     python bench/all_tools.py model.gguf --peer-python PYTHON
 
 PYTHON is an interpreter that has smolagents[openai], sympy and numpy. Ours has its Python tool alone, as the peer has,
-and once all tools of the suite, guided; the peer is CodeAgent, which writes code in every step, and ToolCallingAgent
-with the PythonInterpreterTool. Greedy, the same limits of tokens and rounds, the same check of the final number. Prints
-a table, and one JSON line last.
+and once all tools of the suite, guided as small models are by default; the peer is CodeAgent, which writes code in
+every step, and ToolCallingAgent with the PythonInterpreterTool. Greedy, the same limits of tokens and rounds, the same
+check of the final number. Prints a table, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from openglm.eval.all_tools.runner import MODES, Mode, Result, RunConfig, run_su
 from openglm.eval.all_tools.suite import AllToolsTask, load_suite
 from openglm.eval.all_tools.toolset import SuiteTools, cited_pages
 
-PYTHON, ALL, ALONE = "OpenGLM, Python tool", "OpenGLM, 17 tools, guided", "the model alone"
+PYTHON, ALL, ALONE = "OpenGLM, Python tool", "OpenGLM, 17 tools", "the model alone"
 GROUPS = ("maths-words", "maths-large")
 PEER = Path(__file__).with_name("all_tools_peer.py")
 
@@ -70,7 +70,7 @@ def ours(url: str, tasks: Sequence[AllToolsTask], o: argparse.Namespace) -> dict
         with SuiteTools() as suite:
             try:
                 tools = (lambda _: suite.tools) if every else suite.of
-                config = RunConfig(n_parallel=o.parallel, max_new_tokens=o.max_tokens, n_rounds=o.rounds, guided=every)
+                config = RunConfig(n_parallel=o.parallel, max_new_tokens=o.max_tokens, n_rounds=o.rounds, guided=True)
                 return await run_suite(backend, tools, cited_pages, tasks, folder, config, "model", said, modes)
             finally:
                 await suite.close()
