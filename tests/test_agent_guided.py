@@ -46,6 +46,7 @@ def test_choice_call_answer() -> None:
     assert "double" in choice[2]["grammar"].text and choice[2]["temperature"] == 0.0 and not choice[1]
     assert json.loads(arguments[2]["grammar"].text) == double.spec.parameters and arguments[2]["temperature"] == 0.9
     assert 'double {"n": 21} gave:\n42' in second[0][-1].content
+    assert "What is needed from it: something. " in arguments[0][-1].content
     assert not answer[1] and "do not speak of tools" in answer[0][0].content
 
 
@@ -330,11 +331,11 @@ def test_a_model_is_asked_first_whether_it_needs_a_tool() -> None:
             return json.dumps({"next": "answer" if "tea" in messages[-1].content else "halve"})
         return json.dumps({"need": "x", "next": "double"})
 
-    def choose(*messages: Message) -> str | None:
+    def choose(*messages: Message) -> tuple[str, str] | None:
         asked.clear()
         return asyncio.run(Asides(ask).choice(messages, specs("double", "halve")))
 
     order = Message("user", "Where is order 5?")
-    assert choose(Message("user", "Do you like tea?")) == ANSWER and asked == [["next"]]
-    assert choose(order) == "double" and asked == [["next"], ["need", "next"]]
-    assert choose(order, Message("tool", "4", (), "a", "double")) == "double" and asked == [["need", "next"]]
+    assert choose(Message("user", "Do you like tea?")) == (ANSWER, "") and asked == [["next"]]
+    assert choose(order) == ("double", "x") and asked == [["next"], ["need", "next"]]
+    assert choose(order, Message("tool", "4", (), "a", "double")) == ("double", "x") and asked == [["need", "next"]]

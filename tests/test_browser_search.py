@@ -33,6 +33,8 @@ from openglm.agent.browser.search import (
     Tavily,
 )
 from openglm.agent.browser.site import SITE
+from openglm.agent.tools.browser import Browser
+from openglm.types import ToolContext
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,23 @@ def test_back_ends_are_asked_in_order(service: str) -> None:
     Service.answers["/search"] = (429, {})
     found = asyncio.run(other_way.search("Tide Library"))
     assert found.backend == "local" and "too many requests" in found.failed["searxng"]
+
+
+def test_where_nothing_is_found_pages_with_the_rarest_word_are_given_as_such(service: str) -> None:
+    """Behind all back-ends; nothing where no word is known."""
+    Service.answers["/search"] = (200, {"results": []})
+    both = engines(service, folders=(Folder(SITE, url="http://twins.example"),))
+    found = asyncio.run(both.search("population density of Skarrow"))
+    assert Service.asked and found.partial and found.backend == "local" and 1 <= len(found.hits) <= 3
+    assert found.hits[0].url == "http://twins.example/en/island.html" and "Skarrow" in found.hits[0].snippet
+    assert not asyncio.run(both.search("Skarrow")).partial
+    for query in ("zorblax quuxifier", "", "the of and"):
+        assert asyncio.run(both.search(query)).hits == ()
+    browser = Browser(BrowserConfig(folders=(Folder(SITE),), backends=("local",)))
+    search = next(tool for tool in browser.tools() if tool.spec.name == "search")
+    shown = asyncio.run(search.call({"query": "population density of Skarrow"}, ToolContext()))
+    assert shown.content.startswith("Nothing was found for all of 'population density of Skarrow'; these pages have a")
+    assert shown.data is not None and shown.data["partial"] and "【1†The island of Skarrow†" in shown.content
 
 
 def test_recency_of_local_documents() -> None:

@@ -13,10 +13,11 @@ from openglm.agent.choice import (
     chosen,
     first_grammar,
     first_messages,
+    needed,
     results_of,
 )
 from openglm.agent.dispatch import argument_error
-from openglm.agent.prompts import CALL_REQUEST, PLAN_REQUEST, REPAIR_REQUEST, language_of
+from openglm.agent.prompts import CALL_REQUEST, NEEDED, PLAN_REQUEST, REPAIR_REQUEST, language_of
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = ["Asides"]
@@ -37,27 +38,34 @@ class Asides:
 
     async def choice(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], notes: Sequence[tuple[str, str, str]] = ()
-    ) -> str | None:
-        """The tool that is to be called next, or ANSWER; None where that is not known. notes: see choice_messages."""
+    ) -> tuple[str, str] | None:
+        """The tool that is to be called next, or ANSWER, and what is needed from it, in words; None where that is not
+        known. notes: see choice_messages.
+        """
         if not tools:
-            return ANSWER
+            return ANSWER, ""
         try:
             if not results_of(messages) and not notes:
                 first = await self._ask(first_messages(messages, tools), grammar=first_grammar(tools), temperature=0.0)
-                if chosen(first, tools) in (None, ANSWER):
-                    return chosen(first, tools)
-            asked = choice_messages(messages, tools, notes)
-            text = await self._ask(asked, grammar=choice_grammar(tools), temperature=0.0)
+                name = chosen(first, tools)
+                if name in (None, ANSWER):
+                    return name and (name, "")
+            text = await self._ask(
+                choice_messages(messages, tools, notes), grammar=choice_grammar(tools), temperature=0.0
+            )
         except ValueError:
             return None
-        return chosen(text, tools)
+        name = chosen(text, tools)
+        return name and (name, needed(text))
 
-    async def call(self, messages: Sequence[Message], tool: ToolSpec) -> ToolCall | None:
-        """A call of the tool, with arguments that fit its schema."""
+    async def call(self, messages: Sequence[Message], tool: ToolSpec, need: str = "") -> ToolCall | None:
+        """A call of the tool, with arguments that fit its schema. need: what it is to give, in the model's words."""
         schema = json.dumps(dict(tool.parameters), ensure_ascii=False)
-        request = CALL_REQUEST[language_of(messages)].format(
-            name=tool.name, description=tool.description, schema=schema
-        )
+        language = language_of(messages)
+        request = CALL_REQUEST[language].format(
+            name=tool.name, description=tool.description, schema=schema,
+            need=NEEDED[language].format(need=need) if need else "",
+        )  # fmt: skip
         return await self._drawn(messages, request, ToolCall(tool.name, "{}"), tool)
 
     async def repaired(

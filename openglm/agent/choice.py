@@ -2,7 +2,7 @@
 
     messages = choice_messages(conversation, specs)
     text = ...                 # drawn under choice_grammar(specs): {"need": "age of Ruth Adams", "next": "search"}
-    chosen(text, specs)        # "search"
+    chosen(text, specs), needed(text)        # "search", "age of Ruth Adams"
 
 Before anything was done it is asked for a name alone: asked what it needs, a small model finds a need in a question
 whose answer it knows.
@@ -23,7 +23,7 @@ from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
     "ANSWER", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages", "last_user",
-    "results_of",
+    "needed", "results_of",
 ]  # fmt: skip
 
 ANSWER = "answer"
@@ -193,6 +193,14 @@ def chosen(text: str, tools: Sequence[ToolSpec]) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return known.get(value) if isinstance(value, str) else None
+
+
+def needed(text: str) -> str:
+    """What is needed, in what the model wrote; may be nothing."""
+    try:
+        return str(json.loads(text)["need"]).strip()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
 
 def _answer_name(tools: Sequence[ToolSpec]) -> str:

@@ -65,11 +65,14 @@ class Guide:
         waiting: tools that cannot be chosen. notes: calls that were not made: name, arguments, why.
         """
         open_ = [spec for spec in specs if spec.name not in waiting | _stuck(records)]
-        name = await self._asides.choice(messages, open_, notes)
-        if name is None or name == ANSWER or name in self._bodies:
-            return None if name is None else Step(name)
+        choice = await self._asides.choice(messages, open_, notes)
+        if choice is None:
+            return None
+        name, need = choice
+        if name == ANSWER or name in self._bodies:
+            return Step(name)
         spec = next(spec for spec in specs if spec.name == name)
-        call = await self._asides.call(self.told(messages, [spec], records), spec)
+        call = await self._asides.call(self.told(messages, [spec], records), spec, need)
         if call is None:
             return Step(name)
         return await self.instead(call, messages, specs, records, waiting, notes) or Step(name, call)

@@ -8,8 +8,8 @@ from typing import Literal
 from openglm.types import Message, ToolSpec
 
 __all__ = [
-    "ANSWER_NOW", "CALL_REQUEST", "KNOWN", "LAST_CALL", "NOT_YET", "PLAN_REQUEST", "PROGRAM_REQUEST", "REPAIR_REQUEST",
-    "RESULTS", "TIME_IS_UP", "answer_text", "language_of", "system_text",
+    "ANSWER_NOW", "CALL_REQUEST", "KNOWN", "LAST_CALL", "NEEDED", "NOT_YET", "PLAN_REQUEST", "PROGRAM_REQUEST",
+    "REPAIR_REQUEST", "RESULTS", "TIME_IS_UP", "answer_text", "language_of", "system_text",
 ]  # fmt: skip
 
 Language = Literal["en", "zh"]
@@ -90,10 +90,11 @@ PLAN_REQUEST = {
     "并说明该步骤是否需要以下工具之一：{tools}。只写计划。",
 }
 CALL_REQUEST = {
-    "en": "Call {name} now: {description} Write its arguments for this request as one JSON object that fits this "
+    "en": "Call {name} now: {description} {need}Write its arguments for this request as one JSON object that fits this "
     "schema, and nothing else: {schema}",
-    "zh": "现在调用 {name}：{description} 请针对以上请求写出参数，只写一个符合以下模式的 JSON 对象：{schema}",
+    "zh": "现在调用 {name}：{description} {need}请针对以上请求写出参数，只写一个符合以下模式的 JSON 对象：{schema}",
 }
+NEEDED = {"en": "What is needed from it: {need}. ", "zh": "需要它给出：{need}。"}
 REPAIR_REQUEST = {
     "en": "Your call of {name} with the arguments {arguments} was wrong: {problem}. Write its arguments again as one "
     "JSON object that fits this schema, and nothing else: {schema}",

@@ -120,6 +120,7 @@ class LocalIndex:
         self._documents: dict[str, _Document] = {}
         self._passages: list[tuple[str, str]] = []  # (url, text)
         self._engine: Any = None
+        self._tokens: list[frozenset[str]] = []  # of each passage, and its title
         self._known: set[str] = set()
         self._lock = threading.Lock()
 
@@ -166,6 +167,23 @@ class LocalIndex:
                 if len(hits) == n_results:
                     break
             return list(hits.values()) if best >= COVERAGE else []
+
+    def closest(self, query: str, n_results: int) -> list[LocalHit]:
+        """Where `search` finds nothing: the documents that have the rarest of the query's words that any has."""
+        with self._lock:
+            self._refresh()
+            known = {token for part in query_parts(query) for token in part} & self._known
+            if self._engine is None or not known:
+                return []
+            having = {token: [n for n, words in enumerate(self._tokens) if token in words] for token in sorted(known)}
+            rarest = min(having.values(), key=len)
+            scores = self._engine.get_scores(sorted(known))
+            hits: dict[str, LocalHit] = {}
+            for at in sorted(rarest, key=lambda n: -scores[n]):
+                url, text = self._passages[at]
+                page = self._documents[url].page
+                hits.setdefault(url, LocalHit(url, page.title, _snippet(text, page.title, sorted(known)), page.date))
+            return list(hits.values())[:n_results]
 
     def _refresh(self) -> None:
         """Reads what is new or changed; builds the index again if anything is."""
@@ -222,6 +240,7 @@ class LocalIndex:
 
         self._passages = [(url, text) for url, document in self._documents.items() for text in passages(document.page)]
         found = [tokens(f"{self._documents[url].page.title}\n{text}") for url, text in self._passages]
+        self._tokens = [frozenset(words) for words in found]
         self._known = {token for words in found for token in words}
         self._engine = None
         if self._known:

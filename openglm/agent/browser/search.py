@@ -11,14 +11,14 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from openglm.agent.browser.config import BrowserConfig
-from openglm.agent.browser.index import LocalIndex
+from openglm.agent.browser.index import LocalHit, LocalIndex
 
 __all__ = ["Brave", "Ddgs", "Found", "Hit", "Local", "Readiness", "SearchEngines", "SearchError", "Searxng", "Serper",
            "Tavily"]  # fmt: skip
@@ -26,6 +26,7 @@ __all__ = ["Brave", "Ddgs", "Found", "Hit", "Local", "Readiness", "SearchEngines
 CACHE_S = 600.0
 N_CACHED = 256
 MAX_QUERY = 400
+N_CLOSEST = 3
 TAGS = re.compile(r"</?(?:strong|b|em|mark|span)[^>]*>")
 
 
@@ -52,11 +53,14 @@ class Readiness:
 
 @dataclass(frozen=True)
 class Found:
-    """The hits of one back-end. failed: those asked before it, and what they said."""
+    """The hits of one back-end. failed: those asked before it, and what they said. partial: no back-end had a hit, and
+    these are documents of the folders with a part of the query.
+    """
 
     hits: tuple[Hit, ...]
     backend: str
     failed: Mapping[str, str] = field(default_factory=dict)
+    partial: bool = False
 
 
 class SearchBackend(Protocol):
@@ -79,7 +83,13 @@ class Local:
         return self.index.why_not() if self.index.folders else "no folder to search in: set BrowserConfig.folders"
 
     async def search(self, query: str, n_results: int, recency_days: int | None) -> list[Hit]:
-        found = await asyncio.to_thread(self.index.search, query, n_results)
+        return self._hits(await asyncio.to_thread(self.index.search, query, n_results), recency_days)
+
+    async def closest(self, query: str, recency_days: int | None) -> list[Hit]:
+        return self._hits(await asyncio.to_thread(self.index.closest, query, N_CLOSEST), recency_days)
+
+    @staticmethod
+    def _hits(found: Sequence[LocalHit], recency_days: int | None) -> list[Hit]:
         oldest = (date.today() - timedelta(days=min(recency_days or 0, 36500))).isoformat() if recency_days else ""
         return [Hit(h.url, h.title, h.snippet, h.date) for h in found if not h.date or h.date >= oldest]
 
@@ -243,8 +253,9 @@ class SearchEngines:
         self.config, self.clock = config, clock
         self.index = LocalIndex(config.folders, config.max_bytes)
         limit = config.search_timeout_s
+        self._local = Local(self.index)
         known: dict[str, SearchBackend] = {
-            "local": Local(self.index), "searxng": Searxng(limit, config.searxng), "ddgs": Ddgs(limit, config.proxy),
+            "local": self._local, "searxng": Searxng(limit, config.searxng), "ddgs": Ddgs(limit, config.proxy),
             "brave": Brave(limit), "tavily": Tavily(limit), "serper": Serper(limit),
         }  # fmt: skip
         self.backends = [known[name] for name in config.backends]
@@ -254,7 +265,9 @@ class SearchEngines:
         return [Readiness(backend.name, not (why := backend.why_not()), why) for backend in self.backends]
 
     async def search(self, query: str, recency_days: int | None = None) -> Found:
-        """What the first back-end with a hit found; no hits if none has one. SearchError where none could be asked."""
+        """What the first back-end with a hit found; if none has one, what comes closest in the folders, or nothing.
+        SearchError where none could be asked.
+        """
         query = re.sub(r"\s+", " ", query).strip()[:MAX_QUERY]
         key = (query, recency_days)
         at, known = self._cache.get(key, (0.0, None))
@@ -282,7 +295,8 @@ class SearchEngines:
                     self._remember(key, result)
                 return result
         if asked:
-            return Found((), ", ".join(asked), failed)
+            close = await self._local.closest(query, recency_days) if "local" in asked else []
+            return Found(tuple(close), "local" if close else ", ".join(asked), failed, partial=bool(close))
         if failed:
             raise SearchError("the search failed: " + "; ".join(failed.values()))
         reasons = "; ".join(f"{item.name}: {item.why}" for item in self.readiness())

@@ -32,12 +32,15 @@ def show_results(session: Session, found: Found, query: str) -> Observation:
         results.append({"source": number, "url": hit.url, "title": source.title, "snippet": snippet, "date": hit.date})
     data = {
         "kind": "search", "query": query, "backend": found.backend, "failed": dict(found.failed), "results": results,
-        "sources": [session.sources[number].as_data() for number in session.results],
+        "partial": found.partial, "sources": [session.sources[number].as_data() for number in session.results],
     }  # fmt: skip
     if not results:
         failed = "".join(f" ({reason})" for reason in found.failed.values())
         return Observation(f"Nothing was found for {query[:200]!r}. Try other or fewer words.{failed}", data=data)
-    text = "\n".join([f"{len(results)} results. Open one by its number.", NOTICE, *lines, END])
+    head = f"{len(results)} results."
+    if found.partial:
+        head = f"Nothing was found for all of {query[:200]!r}; these pages have a part of it."
+    text = "\n".join([f"{head} Open one by its number.", NOTICE, *lines, END])
     return Observation(text, data=data)
 
 
