@@ -267,6 +267,20 @@ def test_the_choice_knows_what_was_said_and_done_before() -> None:
     assert shown.endswith('Request: Who is older?\n\nDone so far:\n\nage {"name": "Ann"} gave:\n8')
 
 
+def test_a_result_that_the_caller_gave_is_answered_from() -> None:
+    """A run that ended with a call for the caller goes on with its result."""
+    age = ToolSpec("age", "The age of a person.", {"type": "object", "properties": {"name": {"type": "string"}}})
+    model = Scripted(next_is("age"), '{"name": "Ann"}')
+    first = outcome_of(Agent(model, tools(), GUIDED, external=[age]), "How old is Ann?")
+    assert first.stop == "calls" and [c.name for c in first.pending] == ["age"]
+    model = Scripted(next_is("answer"), "Ann is 8.")
+    messages = [*first.messages, Message("tool", "8", (), first.pending[0].id, "age")]
+    assert asyncio.run(_run(Agent(model, tools(), GUIDED, external=[age]), messages)) == "Ann is 8."
+    choice, answer = model.asked
+    assert 'age {"name": "Ann"} gave:\n8' in choice[0][-1].content
+    assert "do not speak of tools" in answer[0][0].content and "8\n\n(Answer the" in answer[0][-1].content
+
+
 def test_names_of_the_choice() -> None:
     two = specs("double", "halve")
     assert chosen(next_is("halve"), two) == "halve" and chosen(next_is("answer"), two) == ANSWER

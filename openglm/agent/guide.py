@@ -137,7 +137,7 @@ class Guide:
         if messages[0].role == "system" or self._system is not None:
             return shown
         system = "" if self.writes_program(specs, messages) else system_text(specs, language)
-        if not specs and records:
+        if not specs and results_of(messages):
             system = answer_text(language, bool(sources_in(r.observation.data for r in records)))
         return [Message("system", system), *shown] if system else shown
 
