@@ -81,6 +81,22 @@ def test_gptq_loses_less_of_the_output_than_rounding(spec: QuantSpec, act_order:
     assert lost[0] < 0.7 * lost[1]
 
 
+def test_gptq_does_not_learn_few_inputs_by_heart() -> None:
+    """With fewer inputs than columns: on other inputs better than rounding, and than if these were all there are."""
+    g = torch.Generator().manual_seed(5)
+    weight, common = torch.randn(40, 512, generator=g), torch.randn(40, 512, generator=g) / 40**0.5
+    few, many = (torch.randn(n, 40, generator=g) @ common + torch.randn(n, 512, generator=g) for n in (300, 4000))
+    hessian, spec = few.t() @ few, QuantSpec(method="gptq")
+
+    def lost(q: QuantTensor) -> float:
+        return float(((q.dequantise() - weight) @ many.t()).square().sum())
+
+    shrunk, by_heart = gptq(weight, hessian, spec, n_inputs=300), gptq(weight, hessian, spec)
+    rounded = quantise(weight, QuantSpec(method="mse"))
+    assert lost(shrunk) < 0.9 * lost(rounded) < 0.9 * lost(by_heart)
+    assert torch.equal(gptq(weight, hessian, spec, n_inputs=10**12).q, by_heart.q)
+
+
 def test_gptq_without_inputs_is_rounding() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
     found, plain = gptq(weight, torch.zeros(64, 64), QuantSpec()), quantise(weight, QuantSpec())

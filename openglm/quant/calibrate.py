@@ -29,7 +29,7 @@ from openglm.quant.spec import QuantSpec
 __all__ = ["Calibration", "own_texts", "windows"]
 
 MATRICES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
-N_TOKENS, WINDOW = 8192, 512  # of the text, and of each piece of it
+N_TOKENS, WINDOW = 16384, 512  # of the text, and of each piece of it
 PASS_TOKENS = 2048  # through a block at once
 SAMPLE = 512  # inputs of a matrix kept for AWQ
 
@@ -109,7 +109,10 @@ class Calibration:
             part = self.spec.of(prefix + name, tuple(state[name].shape))
             assert part is not None
             try:
-                found = gptq(state[name], s.hessian, part) if s.hessian is not None else quantise(state[name], part)
+                if s.hessian is None:
+                    found = quantise(state[name], part)
+                else:
+                    found = gptq(state[name], s.hessian, part, n_inputs=s.n)
             except ValueError as error:
                 raise ValueError(f"{prefix}{name}: {error}") from None
             self.tensors[name], state[name] = found, found.dequantise()
@@ -158,13 +161,13 @@ class _Seen:
 
     def take(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
+        self.n += len(x)
         if self.second_moment:
             self.hessian = x.t() @ x if self.hessian is None else self.hessian.addmm_(x.t(), x)
             return
         total = x.abs().sum(0)
         self.total = total if self.total is None else self.total + total
         self.rows.append(x[::4].clone())
-        self.n += len(x)
 
     def inputs(self) -> Inputs:
         assert self.total is not None

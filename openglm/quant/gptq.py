@@ -23,13 +23,16 @@ DAMPING = 0.01  # of H's mean diagonal, added to it
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = True) -> QuantTensor:
+def gptq(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = True, n_inputs: int | None = None
+) -> QuantTensor:
     """Round (rows, columns) to the form of `spec`, least error of weight @ X^T.
 
-    hessian: (columns, columns) float32, the sum of x^T x over inputs x. act_order: columns with the largest inputs
-    first, on grids that are fitted to the weights beforehand; else from left to right, each group's grid fitted when
-    its turn comes. A search for a grid weighs the columns by the inputs they see. Columns that see none are rounded to
-    nearest. Raises ValueError for what is not finite.
+    hessian: (columns, columns) float32, the sum of x^T x over inputs x. n_inputs: how many; with few of them, what
+    columns seem to have in common is chance in part, and counts for less (see `_shrinkage`). act_order: columns with
+    the largest inputs first, on grids that are fitted to the weights beforehand; else from left to right, each group's
+    grid fitted when its turn comes. A search for a grid weighs the columns by the inputs they see. Columns that see
+    none are rounded to nearest. Raises ValueError for what is not finite.
     """
     rows, columns = weight.shape
     group = spec.group or columns
@@ -38,7 +41,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = Tru
     if not bool(seen.isfinite().all()):
         raise ValueError("its inputs are not finite: --method mse rounds without running the model")
     order = seen.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = _factor(hessian.float(), order)
+    factor = _factor(hessian.float(), order, _shrinkage(columns, n_inputs))
     importance = _importance(seen).view(-1, group, 1)
     grouped = w.view(-1, group, rows).transpose(0, 1)
     scale, minimum = fit(grouped.reshape(group, -1), spec, importance.transpose(0, 1).expand_as(grouped).flatten(1))
@@ -87,7 +90,17 @@ def _importance(seen: Tensor) -> Tensor:
     return (seen / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(seen)
 
 
-def _factor(hessian: Tensor, order: Tensor) -> Tensor:
+def _shrinkage(columns: int, n_inputs: int | None) -> float:
+    """By how much what lies beside H's diagonal is taken smaller: tokens of one text are alike, and two count as one.
+
+    Of 0.2, 0.5 and 0.8 the one nearest to this gave the least error on other text, or next to it, in the matrices of
+    two blocks of a Qwen2.5 of 1.5B parameters, at 8,192 and 16,384 tokens. Without it, a matrix of 8,960 columns was
+    worse there than rounded to nearest.
+    """
+    return 0.0 if n_inputs is None else columns / (columns + n_inputs / 2)
+
+
+def _factor(hessian: Tensor, order: Tensor, shrinkage: float) -> Tensor:
     """Upper Cholesky factor of the inverse of H, its rows and columns in `order`; damped until there is one.
 
     Holds two matrices of H's size beside it, as H is the largest of a wide layer's conversion.
@@ -95,7 +108,8 @@ def _factor(hessian: Tensor, order: Tensor) -> Tensor:
     mean = float(hessian.diagonal().mean()) or 1.0
     damping = DAMPING * mean
     while True:
-        h = hessian[order][:, order]
+        h = hessian[order][:, order].mul_(1.0 - shrinkage)
+        h.diagonal().copy_(hessian.diagonal()[order])
         h.diagonal()[h.diagonal() == 0] = mean
         h.diagonal().add_(damping)
         h, failed = torch.linalg.cholesky_ex(h)
