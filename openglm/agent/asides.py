@@ -49,14 +49,14 @@ class Asides:
                 first = await self._ask(first_messages(messages, tools), grammar=first_grammar(tools), temperature=0.0)
                 name = chosen(first, tools)
                 if name in (None, ANSWER):
-                    return name and (name, "")
+                    return None if name is None else (name, "")
             text = await self._ask(
                 choice_messages(messages, tools, notes), grammar=choice_grammar(tools), temperature=0.0
             )
         except ValueError:
             return None
         name = chosen(text, tools)
-        return name and (name, needed(text))
+        return None if name is None else (name, needed(text))
 
     async def call(self, messages: Sequence[Message], tool: ToolSpec, need: str = "") -> ToolCall | None:
         """A call of the tool, with arguments that fit its schema. need: what it is to give, in the model's words."""
