@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = parser.parse_args(argv)
     corpora = {path.name.split(".")[0]: read_texts(path, int(o.megabytes * 1e6)) for path in o.text}
     content = rank_file(o.model, [t for texts in corpora.values() for t in texts], o.vocab_size)
+
     def ours() -> tuple[str, Callable[[str], list[int]]]:
         return "openglm", Tokenizer({"tokenizer.model": content}).encode
 

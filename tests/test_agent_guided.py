@@ -206,7 +206,7 @@ def test_a_tool_that_failed_twice_in_a_row_waits_a_round() -> None:
     assert outcome_of(Agent(model, [bad, good], GUIDED), "go").answer == "3"
     offered = [json.loads(a[2]["grammar"].text)["properties"]["next"]["enum"] for a in model.asked[:7:2]]
     both = ["bad", "good", "answer"]
-    assert offered == [both, both, ["good", "answer"], both]
+    assert offered == [["bad", "good"], both, ["good", "answer"], both]
 
 
 def test_the_last_round_answers() -> None:
@@ -337,10 +337,13 @@ def test_the_mark_is_said_and_kept() -> None:
 def test_a_model_is_asked_first_whether_it_needs_a_tool() -> None:
     """A name alone comes first; a tool's leads to the choice that says what is needed, the answer's to the answer."""
     asked: list[list[str]] = []
+    may_answer: list[bool] = []
 
     async def ask(messages: Sequence[Message], **sampling: Any) -> str:
-        properties = [*json.loads(sampling["grammar"].text)["properties"]]
+        schema = json.loads(sampling["grammar"].text)["properties"]
+        properties = [*schema]
         asked.append(properties)
+        may_answer.append("answer" in schema["next"]["enum"])
         if properties == ["next"]:
             return json.dumps({"next": "answer" if "tea" in messages[-1].content else "halve"})
         return json.dumps({"need": "x", "next": "double"})
@@ -352,4 +355,6 @@ def test_a_model_is_asked_first_whether_it_needs_a_tool() -> None:
     order = Message("user", "Where is order 5?")
     assert choose(Message("user", "Do you like tea?")) == (ANSWER, "") and asked == [["next"]]
     assert choose(order) == ("double", "x") and asked == [["next"], ["need", "next"]]
+    assert may_answer[-2:] == [True, False], "it was said that a tool is needed"
     assert choose(order, Message("tool", "4", (), "a", "double")) == ("double", "x") and asked == [["need", "next"]]
+    assert may_answer[-1]

@@ -45,14 +45,14 @@ class Asides:
         if not tools:
             return ANSWER, ""
         try:
-            if not results_of(messages) and not notes:
+            begins = not results_of(messages) and not notes
+            if begins:
                 first = await self._ask(first_messages(messages, tools), grammar=first_grammar(tools), temperature=0.0)
                 name = chosen(first, tools)
                 if name in (None, ANSWER):
                     return None if name is None else (name, "")
-            text = await self._ask(
-                choice_messages(messages, tools, notes), grammar=choice_grammar(tools), temperature=0.0
-            )
+            grammar = choice_grammar(tools, may_answer=not begins)
+            text = await self._ask(choice_messages(messages, tools, notes), grammar=grammar, temperature=0.0)
         except ValueError:
             return None
         name = chosen(text, tools)

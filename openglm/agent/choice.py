@@ -169,15 +169,16 @@ def _asked(conversation: Sequence[Message]) -> str:
 
 
 def first_grammar(tools: Sequence[ToolSpec]) -> Grammar:
-    return _object({"next": _names(tools)})
+    return _object({"next": _names(tools, True)})
 
 
-def choice_grammar(tools: Sequence[ToolSpec]) -> Grammar:
-    return _object({"need": {"type": "string", "maxLength": NEED_CHARS}, "next": _names(tools)})
+def choice_grammar(tools: Sequence[ToolSpec], may_answer: bool = True) -> Grammar:
+    """may_answer: False where it was said already that a tool is needed."""
+    return _object({"need": {"type": "string", "maxLength": NEED_CHARS}, "next": _names(tools, may_answer)})
 
 
-def _names(tools: Sequence[ToolSpec]) -> dict[str, Any]:
-    return {"enum": [*(tool.name for tool in tools), _answer_name(tools)]}
+def _names(tools: Sequence[ToolSpec], may_answer: bool) -> dict[str, Any]:
+    return {"enum": [tool.name for tool in tools] + ([_answer_name(tools)] if may_answer else [])}
 
 
 def _object(properties: dict[str, dict[str, Any]]) -> Grammar:

@@ -241,8 +241,7 @@ def _body(request: Mapping[str, Any] | None, plain: Any, add: Any) -> tuple[str,
                 f"its body is {' or '.join(content) or 'of no kind'}, and only JSON and forms can be sent"
             )
         return "", JSON, none, False
-    given = content[kind].get("schema") or {}
-    schema = plain(given)
+    schema = plain(content[kind].get("schema") or {})
     if schema.get("properties") and not any(word in schema for word in ("allOf", "anyOf", "oneOf")):
         files = frozenset(name for name, inner in schema["properties"].items() if encoding == PARTS and _is_file(inner))
         for name, inner in schema["properties"].items():
