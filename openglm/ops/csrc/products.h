@@ -98,9 +98,10 @@ inline void dots(const uint8_t *q, const int8_t *x, int64_t stride, const typena
   }
 }
 
-// How far ahead of its use memory is asked for: two threads that only wait for it reach the machine's bandwidth.
+// How far ahead of its use memory is asked for, in each of up to two runs of it; in more, half as far. Two threads that
+// only wait for it reach the machine's bandwidth.
 const int64_t AHEAD = 4096;
-const int RUNS = 2; // blocks of rows that one token meets at once
+const int RUNS = 4; // blocks of rows that one token meets at once
 
 // NR blocks of rows with MT tokens of the tiles from `tile` on; acc: (NR, MT).
 template <class S, int KIND, bool G16, bool MIN, int NR, int MT>
@@ -121,10 +122,14 @@ void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, i
   const int64_t tile_stride = blocks * TS;
   auto at = [&](const float *p, int m) { return p[m / TS * tile_stride + m % TS]; };
   for (int i = 0; i < NR * MT; i++) acc[i] = S::zero();
-  int64_t in_group = 0;
+  const int64_t reach = NR > 2 ? AHEAD / 2 : AHEAD;
+  int64_t in_group = 0, ahead = NR == 1 || next > reach ? reach : next;
+  int64_t ahead_scales = NR == 1 ? AHEAD / 8 : ahead * next_scales / next;
+  const int64_t leap = blocks - ahead / bytes; // from there on what is ahead belongs to the NR blocks of rows below
   for (int64_t b = 0; b < blocks; b++, q += bytes, x += TS * 32, xs += TS, x_sums += TS, minus += 3 * TS) {
+    if (NR > 1 && b == leap) ahead += (NR - 1) * next, ahead_scales += (NR - 1) * next_scales;
     for (int r = 0; r < NR; r++)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + r * next + AHEAD + i);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(q + r * next + ahead + i);
     each<HALVES>([&](auto h) {
       typename S::I init[MT], sums[MT];
       const int32_t *from = minus + (G16 ? h : 2) * TS;
@@ -144,8 +149,8 @@ void packed_tile(const OgMatrix *w, const OgActivations *a, int64_t row_block, i
     if (++in_group == per_group) {
       in_group = 0;
       for (int r = 0; r < NR; r++) {
-        __builtin_prefetch((const char *)(scale + r * next_scales) + AHEAD / 4);
-        if (MIN) __builtin_prefetch((const char *)(minimum + r * next_scales) + AHEAD / 4);
+        __builtin_prefetch(scale + r * next_scales + ahead_scales);
+        if (MIN) __builtin_prefetch(minimum + r * next_scales + ahead_scales);
       }
       scale += HALVES * R;
       if (MIN) minimum += R;
@@ -166,15 +171,18 @@ void packed_tokens(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, 
   }
 }
 
-// Weights of a block of rows stay in the cache while further tiles pass. One token meets several blocks of rows at once:
+// Weights of a block of rows stay in the cache while further tiles pass. Few tokens meet several blocks of rows at once:
 // a core has more requests to memory under way for several runs of it than for one.
 template <class S, int KIND, bool G16, bool MIN>
 void packed_product(const OgMatrix *w, const OgActivations *a, int64_t n_tokens, int64_t row0, int64_t row1,
                     const Output &o) {
   int64_t begin = row0;
-  if (n_tokens == 1)
-    for (; begin + RUNS * S::lanes <= row1; begin += RUNS * S::lanes)
-      packed_tokens<S, KIND, G16, MIN, RUNS, 1>(w, a, 1, 0, begin, row0, o);
+  auto runs = [&](auto n_runs, auto most) {
+    for (; begin + n_runs * S::lanes <= row1; begin += n_runs * S::lanes)
+      packed_tokens<S, KIND, G16, MIN, n_runs, most>(w, a, n_tokens, 0, begin, row0, o);
+  };
+  if (n_tokens == 1) runs(std::integral_constant<int, RUNS>(), std::integral_constant<int, 1>());
+  if (n_tokens <= S::at_once / 2) runs(std::integral_constant<int, 2>(), std::integral_constant<int, S::at_once / 2>());
   const int64_t per_strip = 131072 / (a->blocks * 32), strip = n_tokens <= S::at_once || per_strip < S::lanes
       ? S::lanes : per_strip / S::lanes * S::lanes;
   for (int64_t first = begin; first < row1; first += strip)
