@@ -57,6 +57,7 @@ def box() -> Iterator[Sandbox]:
         ("_ = subprocess.run('echo to stderr >&2', shell=True)", "stderr", "to stderr\n"),
         ("%%bash\necho cell", "stdout", "cell\n"),
         ("None", "result", ""),
+        ("a = 6\nproduct = 7 * a", "result", "42"),
         ("object.__new__(type('Odd', (), {'__repr__': lambda self: 3}))", "error_name", "TypeError"),
         ("1/0", "error_name", "ZeroDivisionError"),
         ("def f(:", "error_name", "SyntaxError"),
@@ -345,7 +346,7 @@ def test_the_tool() -> None:
         assert first.data is not None and first.data["stdout"] == "seen\n" and first.files[0].name == "f.txt"
         failed = await tool.call({"code": "1/0"}, context)
         assert failed.error and "ZeroDivisionError" in failed.content and "-----" not in failed.content.splitlines()[0]
-        assert (await tool.call({"code": "pass"}, context)).content == "(no output)"
+        assert (await tool.call({"code": "pass"}, context)).content == "(no output: print what should be seen)"
         assert (await tool.call({"code": "v"}, ToolContext("two"))).error  # another conversation
         with pytest.raises(ValueError, match="one argument"):
             await tool.call({"text": "1"}, context)

@@ -291,6 +291,7 @@ def make_app(config: dict[str, Any]) -> Any:
         connection_file=f"{runtime}/connection.json", log_level="ERROR", copy_config_files=False,
     )  # fmt: skip
     app.config.HistoryManager.enabled = False
+    app.config.InteractiveShell.ast_node_interactivity = "last_expr_or_assign"  # programs forget to print
     app.config.InteractiveShell.colors = "NoColor"
     app.config.InteractiveShell.xmode = "Plain"  # what every Python prints; quick for deep recursion as well
     app.config.IPCompleter.use_jedi = False

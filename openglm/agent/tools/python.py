@@ -119,7 +119,7 @@ def observe(result: ExecutionResult) -> Observation:
         "images": [{"name": file.name, "mime": file.mime, "description": file.description} for file in result.images],
         "files": [file.name for file in result.files],
     }  # fmt: skip
-    text = "\n".join(parts) or "(no output)"
+    text = "\n".join(parts) or "(no output: print what should be seen)"
     return Observation(text, (*result.images, *result.files), data, error=bool(result.error))
 
 
