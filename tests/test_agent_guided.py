@@ -50,6 +50,16 @@ def test_choice_call_answer() -> None:
     assert not answer[1] and "do not speak of tools" in answer[0][0].content
 
 
+def test_calls_are_drawn_without_chance_and_words_are_not() -> None:
+    python = FakeTool("python", lambda a, _: "42")
+    python.spec = ToolSpec.of_builtin("python")
+    program = "```python\nprint(21 * 2)\n```"
+    model = Scripted(next_is("double"), '{"n": 21}', next_is("python"), program, next_is("answer"), "It is 42.")
+    outcome = outcome_of(Agent(model, [*tools(), python], GUIDED), "What is twice 21?")
+    assert outcome.answer == "It is 42." and [r.call.name for r in outcome.calls] == ["double", "python"]
+    assert [asked[2].get("temperature") for asked in model.asked] == [0.0, 0.0, 0.0, 0.0, 0.0, None]
+
+
 def test_an_answer_that_is_a_call_is_made() -> None:
     model = Scripted(next_is("answer"), '{"name": "double", "arguments": {"n": 4}}', next_is("answer"), "8")
     outcome = outcome_of(Agent(model, tools(), GUIDED), "go")

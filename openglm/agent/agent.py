@@ -161,6 +161,8 @@ class _Run:
     ) -> None:  # fmt: skip
         self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
+        # Chance serves words better than programs and arguments, unless the caller wants it in them.
+        self._steady = {} if "temperature" in self._sampling else {"temperature": 0.0}
         self._messages = messages
         self._calls = Dispatcher(
             agent.tools, agent.config, conversation, agent._approve, emit, agent.builtin, agent.missing
@@ -319,7 +321,7 @@ class _Run:
         turn = Turn(number, specs or self._specs, emit, runs_code=runs_code)
         self._turn = None if held else turn
         offered = () if held and self._guide.writes_program(specs, self._messages) else specs
-        async with aclosing(self._stream(messages, offered)) as events:
+        async with aclosing(self._stream(messages, offered, **(self._steady if held else {}))) as events:
             async for event in events:
                 turn.feed(event)
         turn.finish()
@@ -362,7 +364,8 @@ class _Run:
     async def _text(self, messages: Sequence[Message], **more: Any) -> str:
         """An answer that is no part of the conversation."""
         text: list[str] = []
-        async with aclosing(self._stream(messages, (), **more)) as events:
+        steady = self._steady if "grammar" in more else {}
+        async with aclosing(self._stream(messages, (), **{**steady, **more})) as events:
             async for event in events:
                 text.append(event.text)
         return "".join(text)
