@@ -50,14 +50,33 @@ def test_choice_call_answer() -> None:
     assert not answer[1] and "do not speak of tools" in answer[0][0].content
 
 
-def test_calls_are_drawn_without_chance_and_words_are_not() -> None:
+def test_calls_and_what_results_say_are_drawn_without_chance() -> None:
     python = FakeTool("python", lambda a, _: "42")
     python.spec = ToolSpec.of_builtin("python")
     program = "```python\nprint(21 * 2)\n```"
     model = Scripted(next_is("double"), '{"n": 21}', next_is("python"), program, next_is("answer"), "It is 42.")
     outcome = outcome_of(Agent(model, [*tools(), python], GUIDED), "What is twice 21?")
     assert outcome.answer == "It is 42." and [r.call.name for r in outcome.calls] == ["double", "python"]
-    assert [asked[2].get("temperature") for asked in model.asked] == [0.0, 0.0, 0.0, 0.0, 0.0, None]
+    assert [asked[2].get("temperature") for asked in model.asked] == [0.0] * 6
+    model = Scripted(next_is("answer"), "Hello!")
+    outcome_of(Agent(model, tools(), GUIDED), "Hello")
+    assert [asked[2].get("temperature") for asked in model.asked] == [0.0, None]
+
+
+def test_a_program_is_asked_for_without_those_of_earlier_turns() -> None:
+    python = FakeTool("python", lambda a, _: "12.5")
+    python.spec = ToolSpec.of_builtin("python")
+    call = ToolCall("python", '{"code": "print(5 * 5)"}', "call_1")
+    earlier = [Message("user", "5 * 5?"), Message("assistant", "", (call,)),
+               Message("tool", "25", (), "call_1", "python"), Message("assistant", "It is 25.")]  # fmt: skip
+    model = Scripted(next_is("python"), "```python\nprint(25 / 2)\n```", next_is("answer"), "12.5")
+    outcome = Agent(model, [python], GUIDED).run_sync([*earlier, Message("user", "Divide that by 2.")])
+    asked = model.asked[1][0]
+    assert outcome.answer == "12.5" and [m.role for m in asked] == ["user"] and not asked[0].tool_calls
+    assert asked[0].content.startswith(
+        "Said before:\nUser: 5 * 5?\nResult: 25\nYou: It is 25.\n\nRequest: Divide that by 2.\n\nWrite a Python program"
+    )
+    assert outcome.messages[: len(earlier)] == tuple(earlier)
 
 
 def test_an_answer_that_is_a_call_is_made() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import cited_by_overlap
-from openglm.agent.choice import ANSWER
+from openglm.agent.choice import ANSWER, results_of
 from openglm.agent.dispatch import Approve, Dispatcher, argument_error, holders
 from openglm.agent.events import (
     AgentConfig,
@@ -161,7 +161,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
-        # Chance serves words better than programs and arguments, unless the caller wants it in them.
+        # Of a guided model, unless the caller wants it otherwise: chance serves neither calls nor what results say.
         self._steady = {} if "temperature" in self._sampling else {"temperature": 0.0}
         self._messages = messages
         self._calls = Dispatcher(
@@ -321,7 +321,8 @@ class _Run:
         turn = Turn(number, specs or self._specs, emit, runs_code=runs_code)
         self._turn = None if held else turn
         offered = () if held and self._guide.writes_program(specs, self._messages) else specs
-        async with aclosing(self._stream(messages, offered, **(self._steady if held else {}))) as events:
+        steady = held or (self._guided and bool(results_of(self._messages)))
+        async with aclosing(self._stream(messages, offered, **(self._steady if steady else {}))) as events:
             async for event in events:
                 turn.feed(event)
         turn.finish()

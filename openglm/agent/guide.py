@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import sources_in
-from openglm.agent.choice import ANSWER, last_user, results_of
+from openglm.agent.choice import ANSWER, SPEAKERS, last_user, results_of
 from openglm.agent.events import CallRecord
 from openglm.agent.grounding import made_up
 from openglm.agent.prompts import (
@@ -131,6 +131,7 @@ class Guide:
         language = language_of(messages)
         shown = restated(messages, to_answer=not specs)
         if self.writes_program(specs, messages):
+            shown = _in_one(shown)
             last = last_user(shown)
             request = PROGRAM_REQUEST.format(description=specs[0].description)
             shown[last] = dataclasses.replace(shown[last], content=f"{shown[last].content}\n\n{request}")
@@ -160,6 +161,20 @@ def restated(messages: Sequence[Message], to_answer: bool = False) -> list[Messa
     heading, close = (RESULTS, [ANSWER_NOW[language]]) if to_answer else (KNOWN, [])
     text = "\n\n".join([user.content, heading[language], *lines, *close])
     return [*messages[:last], dataclasses.replace(user, content=text)]
+
+
+def _in_one(messages: Sequence[Message]) -> list[Message]:
+    """What was said in earlier turns, with what tools gave in them, told in the user's message, without the calls: a
+    small model writes a program that it sees again, whatever it is asked for now.
+    """
+    last = last_user(messages)
+    first = 1 if messages[0].role == "system" else 0
+    speakers = {**SPEAKERS, "tool": "Result"}
+    lines = [f"{speakers[m.role]}: {m.content}" for m in messages[first:last] if m.role in speakers and m.content]
+    if not lines:
+        return list(messages)
+    text = "\n".join(["Said before:", *lines, "", f"Request: {messages[last].content}"])
+    return [*messages[:first], dataclasses.replace(messages[last], content=text)]
 
 
 def _shown(call: ToolCall) -> str:
