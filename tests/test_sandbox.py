@@ -46,7 +46,7 @@ def box() -> Iterator[Sandbox]:
     ("code", "field", "value"),
     [
         ("6 * 7", "result", "42"),
-        ("x = 3", "result", ""),
+        ("x = 3;", "result", ""),
         ("print('a'); print('b', end='')", "stdout", "a\nb"),
         ("import sys; print('e', file=sys.stderr)", "stderr", "e\n"),
         ("'文字 \U0001f600'", "result", "'文字 \U0001f600'"),

@@ -161,7 +161,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self._agent, self._config, self._emit, self._record = agent, agent.config, emit, record
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
-        # Of a guided model, unless the caller wants it otherwise: chance serves neither calls nor what results say.
+        # Unless the caller wants it otherwise: chance serves neither arguments nor what a small model says of results.
         self._steady = {} if "temperature" in self._sampling else {"temperature": 0.0}
         self._messages = messages
         self._calls = Dispatcher(
