@@ -46,6 +46,7 @@ def box() -> Iterator[Sandbox]:
     ("code", "field", "value"),
     [
         ("6 * 7", "result", "42"),
+        ("x = 3", "result", "3"),
         ("x = 3;", "result", ""),
         ("print('a'); print('b', end='')", "stdout", "a\nb"),
         ("import sys; print('e', file=sys.stderr)", "stderr", "e\n"),

@@ -22,8 +22,8 @@ from typing import Any
 from openglm.types import Grammar, Message, ToolCall, ToolSpec
 
 __all__ = [
-    "ANSWER", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages", "last_user",
-    "needed", "results_of",
+    "ANSWER", "SPEAKERS", "behind", "choice_grammar", "choice_messages", "chosen", "first_grammar", "first_messages",
+    "last_user", "needed", "results_of",
 ]  # fmt: skip
 
 ANSWER = "answer"
@@ -162,10 +162,13 @@ def _asked(conversation: Sequence[Message]) -> str:
     """What the user said last, with the end of what was said before, which it may speak of."""
     last = last_user(conversation)
     said = [m for m in conversation[:last] if m.role in SPEAKERS and m.content.strip()][-N_EARLIER:]
-    if not said:
-        return conversation[last].content
     lines = [f"{SPEAKERS[m.role]}: {_cut(m.content.strip(), EARLIER_CHARS)}" for m in said]
-    return "\n".join(["Said before:", *lines, "", f"Request: {conversation[last].content}"])
+    return behind(lines, conversation[last].content)
+
+
+def behind(said: Sequence[str], request: str) -> str:
+    """A request with the lines that were said before it in front; alone where nothing was."""
+    return "\n".join(["Said before:", *said, "", f"Request: {request}"]) if said else request
 
 
 def first_grammar(tools: Sequence[ToolSpec]) -> Grammar:

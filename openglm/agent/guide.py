@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 
 from openglm.agent.asides import Asides
 from openglm.agent.browser.citations import sources_in
-from openglm.agent.choice import ANSWER, SPEAKERS, last_user, results_of
+from openglm.agent.choice import ANSWER, SPEAKERS, behind, last_user, results_of
 from openglm.agent.events import CallRecord
 from openglm.agent.grounding import made_up
 from openglm.agent.prompts import (
@@ -168,13 +168,10 @@ def _in_one(messages: Sequence[Message]) -> list[Message]:
     small model writes a program that it sees again, whatever it is asked for now.
     """
     last = last_user(messages)
-    first = 1 if messages[0].role == "system" else 0
     speakers = {**SPEAKERS, "tool": "Result"}
-    lines = [f"{speakers[m.role]}: {m.content}" for m in messages[first:last] if m.role in speakers and m.content]
-    if not lines:
-        return list(messages)
-    text = "\n".join(["Said before:", *lines, "", f"Request: {messages[last].content}"])
-    return [*messages[:first], dataclasses.replace(messages[last], content=text)]
+    lines = [f"{speakers[m.role]}: {m.content}" for m in messages[:last] if m.role in speakers and m.content]
+    user = dataclasses.replace(messages[last], content=behind(lines, messages[last].content))
+    return [*(m for m in messages[:last] if m.role not in speakers), user, *messages[last + 1 :]]
 
 
 def _shown(call: ToolCall) -> str:
