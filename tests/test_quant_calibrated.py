@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: against short float64 references, and through whole conversions of tiny models."""
+"""AWQ against short float64 references, and calibrated conversions of tiny models."""
 
 from __future__ import annotations
 
@@ -14,93 +14,14 @@ from openglm.cli import main
 from openglm.config import GLMConfig
 from openglm.convert import convert
 from openglm.loading import Reference, open_reference
-from openglm.model.checkpoint import CheckpointMeta, save_checkpoint
 from openglm.model.init import init_weights
-from openglm.model.load import build_transformer
 from openglm.model.transformer import Transformer
 from openglm.ops.quant import QuantTensor, floats
 from openglm.quant import QuantSpec, quantise
 from openglm.quant.awq import ALPHAS, _search, fold, sites
 from openglm.quant.calibrate import windows
-from openglm.quant.gptq import DAMPING, gptq
 from openglm.tokenizer import Tokenizer
-
-GQA = GLMConfig(vocab_size=640, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, max_seq_len=128)
-LAYER_NORM = replace(GQA, norm="layer", mlp="geglu", linear_bias=True)
-NORMED = replace(LAYER_NORM, residual="normed", residual_alpha=2.0, n_kv_heads=4, mlp="gelu", mask="prefix")
-TEXT = "The quick brown fox jumps over the lazy dog. 北京是中华人民共和国的首都。 In 1998 there were 42 people. " * 60
-
-
-def inputs(n: int, columns: int, seed: int = 0) -> Tensor:
-    """Correlated, some columns much larger."""
-    g = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(n, columns, generator=g) @ torch.randn(columns, columns, generator=g) / columns**0.5
-    return mixed * torch.logspace(-1, 0.7, columns)[torch.randperm(columns, generator=g)]
-
-
-def obq(weight: np.ndarray, hessian: np.ndarray, grid: QuantTensor, order: list[int]) -> np.ndarray:
-    """Optimal brain quantisation in a fixed order, by the definition: round one column, move all that are left by
-    -error / [F^-1]_jj F^-1_j with F the Hessian of what is left, inverted anew for each column."""
-    w, left = weight.copy(), list(order)
-    out = np.zeros_like(w)
-    for j in order:
-        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
-        scale = grid.scale.double().numpy()[:, j // grid.group_size]
-        if grid.minimum is None:
-            top = 127 if grid.bits == 8 else 7
-            out[:, j] = np.clip(np.rint(w[:, j] / scale), -top - 1, top) * scale
-        else:
-            low = grid.minimum.double().numpy()[:, j // grid.group_size]
-            out[:, j] = np.clip(np.rint((w[:, j] - low) / scale), 0, 15) * scale + low
-        w[:, left] -= np.outer((w[:, j] - out[:, j]) / inverse[0, 0], inverse[0])
-        left.remove(j)
-    return out
-
-
-@pytest.mark.parametrize("spec", [QuantSpec(group=16), QuantSpec(group=16, symmetric=True), QuantSpec(8, 16),
-                                  QuantSpec(4, None, method="mse")])  # fmt: skip
-def test_gptq_is_optimal_brain_quantisation_in_its_order(spec: QuantSpec) -> None:
-    weight, x = torch.randn(6, 48, generator=torch.Generator().manual_seed(1)), inputs(300, 48)
-    hessian = x.t() @ x
-    found = gptq(weight, hessian, spec)
-    damped = hessian.double() + DAMPING * float(hessian.diagonal().mean()) * torch.eye(48)
-    order = hessian.diagonal().argsort(descending=True).tolist()
-    expected = obq(weight.double().numpy(), damped.numpy(), found, order)  # on its own grid
-    close = np.isclose(found.dequantise().double().numpy(), expected, atol=1e-3)
-    assert close.mean() > 0.98, "but for a rare tie, which turns what follows in its row"
-
-
-@pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(4, None), QuantSpec(8, 64), QuantSpec(4, 128, True)])
-def test_gptq_loses_less_of_the_output_than_rounding(spec: QuantSpec, act_order: bool) -> None:
-    weight, x = torch.randn(40, 256, generator=torch.Generator().manual_seed(2)), inputs(1000, 256)
-    lost = [
-        float(((q.dequantise() - weight) @ x.t()).square().sum())
-        for q in (gptq(weight, x.t() @ x, replace(spec, method="gptq"), act_order), quantise(weight, spec))
-    ]
-    assert lost[0] < 0.7 * lost[1]
-
-
-def test_gptq_does_not_learn_few_inputs_by_heart() -> None:
-    """With fewer inputs than columns: on other inputs better than rounding, and than if these were all there are."""
-    g = torch.Generator().manual_seed(5)
-    weight, common = torch.randn(40, 512, generator=g), torch.randn(40, 512, generator=g) / 40**0.5
-    few, many = (torch.randn(n, 40, generator=g) @ common + torch.randn(n, 512, generator=g) for n in (300, 4000))
-    hessian, spec = few.t() @ few, QuantSpec(method="gptq")
-
-    def lost(q: QuantTensor) -> float:
-        return float(((q.dequantise() - weight) @ many.t()).square().sum())
-
-    shrunk, by_heart = gptq(weight, hessian, spec, n_inputs=300), gptq(weight, hessian, spec)
-    rounded = quantise(weight, QuantSpec(method="mse"))
-    assert lost(shrunk) < 0.9 * lost(rounded) < 0.9 * lost(by_heart)
-    assert torch.equal(gptq(weight, hessian, spec, n_inputs=10**12).q, by_heart.q)
-
-
-def test_gptq_without_inputs_is_rounding() -> None:
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
-    found, plain = gptq(weight, torch.zeros(64, 64), QuantSpec()), quantise(weight, QuantSpec())
-    assert torch.equal(found.q, plain.q) and torch.equal(found.scale, plain.scale)
+from tests.quant_helpers import GQA, LAYER_NORM, NORMED, TEXT, checkpoint, inputs, output_error
 
 
 @pytest.mark.parametrize(("config", "n_sites"), [(GQA, 4), (LAYER_NORM, 4), (NORMED, 1), (replace(GQA, mlp="gelu"), 3)])
@@ -149,31 +70,6 @@ def test_awq_takes_the_power_with_the_least_error_of_the_output(seed: int) -> No
 
 
 # -------------------------------------------------------------------- whole conversions
-
-
-def checkpoint(folder: Path, config: GLMConfig, tokenizer: Tokenizer, shared: float = 0.0) -> Reference:
-    """Random weights whose channels differ in size, as trained ones do. shared: what all embeddings have in common."""
-    model = init_weights(Transformer(config), seed=3, std=0.2)
-    with torch.no_grad():
-        model.embed.weight += shared * torch.linspace(-1, 1, config.dim)
-        for block in model.layers:
-            for norm in (block.norm1, block.norm2):
-                norm.weight.copy_(torch.logspace(-1.5, 0.5, config.dim))
-    meta = CheckpointMeta(special_ids=tokenizer.special_ids, tokenizer=tokenizer.kind)
-    save_checkpoint(folder, model, config, meta, tokenizer.files)
-    return open_reference(folder)
-
-
-def output_error(source: Reference, converted: Path, ids: Tensor) -> float:
-    """Of the hidden states, relative."""
-    from openglm.model.batch import ForwardBatch
-
-    positions = torch.arange(ids.shape[1]).expand(1, *ids.shape)
-    a, b = (
-        build_transformer(r.opened, dtype=torch.float32)(ForwardBatch(ids, positions))
-        for r in (source, open_reference(converted))
-    )
-    return float((a - b).norm() / a.norm())
 
 
 def first_inputs(source: Reference) -> np.ndarray:

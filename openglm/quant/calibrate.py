@@ -3,8 +3,9 @@
     python -m openglm convert MODEL OUT --format openglm --quantize int4
     python -m openglm convert MODEL OUT --format openglm --quantize int4 --calibration text.txt
 
-Only one block's weights are in memory, and the hidden states of the text. A block's inputs come from the quantised
-blocks before it, so that it makes up for their error as far as it can.
+Only one block's weights are in memory, and the hidden states of the text. What a matrix sees comes from the quantised
+ones before it, in its own block too. For GPTQ the text runs through the unrounded model beside, and a matrix first
+moves some of the way to the one that gives, of what it sees, what it should give of what it would have seen.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from torch import Tensor, nn
 from openglm.model.batch import ForwardBatch, prompt_layout
 from openglm.model.opened import OpenedModel
 from openglm.model.transformer import Block, Transformer
-from openglm.ops.quant import Weight, floats
+from openglm.ops.quant import QuantTensor, Weight, floats
 from openglm.quant.awq import Inputs, scale_block
 from openglm.quant.gptq import gptq
+from openglm.quant.moments import Moments
 from openglm.quant.rounding import quantise
 from openglm.quant.spec import QuantSpec
 
 __all__ = ["Calibration", "own_texts", "windows"]
 
-MATRICES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+MATRICES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")  # in the order that they run in
 N_TOKENS, WINDOW = 16384, 512  # of the text, and of each piece of it
 PASS_TOKENS = 2048  # through a block at once
 SAMPLE = 512  # inputs of a matrix kept for AWQ
@@ -71,6 +73,7 @@ class Calibration:
         self.layer = -1
         self.tensors: dict[str, Weight] = {}
         self.passes: list[tuple[Tensor, Any, Tensor | None]] = []  # hidden states, rotary angles and mask
+        self.true: list[Tensor] = []  # hidden states of the unrounded model, for GPTQ
 
     def weight(self, name: str) -> Weight:
         """A tensor below `layers.` by our name: a QuantTensor, or float32."""
@@ -90,34 +93,49 @@ class Calibration:
     def _next(self) -> None:
         if self.layer < 0:
             self.passes = list(self._embedded())
+            self.true = [h for h, _, _ in self.passes]
         self.layer += 1
         prefix = f"layers.{self.layer}."
         names = [name.removeprefix(prefix) for name in self.opened.names() if name.startswith(prefix)]
         state = {leaf: floats(self.opened.get(prefix + leaf)).float() for leaf in names}
-        block = _block(self.opened, state)
-        seen = {f"{name}.weight": _Seen(self.spec.method == "gptq") for name in MATRICES}
-        hooks = [block.get_submodule(n).register_forward_pre_hook(seen[f"{n}.weight"].take) for n in MATRICES]
-        for h, rope, mask in self.passes:
-            block(h, rope, mask)
-        for hook in hooks:
-            hook.remove()
+        true, block = _block(self.opened, state), _block(self.opened, state)
         if self.spec.method == "awq":
-            scale_block(state, self.opened.config, {name: s.inputs() for name, s in seen.items()}, self.spec)
+            inputs = {f"{name}.weight": self._inputs(block, name) for name in MATRICES}
+            scale_block(state, self.opened.config, inputs, self.spec)
         self.tensors = dict(state)
-        for name in list(seen):
-            s = seen.pop(name)  # a second moment is large: it goes as soon as it has served
-            part = self.spec.of(prefix + name, tuple(state[name].shape))
+        for name in MATRICES:
+            leaf = f"{name}.weight"
+            part = self.spec.of(prefix + leaf, tuple(state[leaf].shape))
             assert part is not None
             try:
-                if s.hessian is None:
-                    found = quantise(state[name], part)
-                else:
-                    found = gptq(state[name], s.hessian, part, n_inputs=s.n)
+                found = self._by_gptq(true, block, name, part) if part.method == "gptq" else quantise(state[leaf], part)
             except ValueError as error:
-                raise ValueError(f"{prefix}{name}: {error}") from None
-            self.tensors[name], state[name] = found, found.dequantise()
-        block.load_state_dict(state, assign=True)
+                raise ValueError(f"{prefix}{leaf}: {error}") from None
+            self.tensors[leaf], state[leaf] = found, found.dequantise()
+            block.load_state_dict(state, assign=True)
+        if self.spec.method == "gptq":
+            self.true = [true(h, rope, mask) for h, (_, rope, mask) in zip(self.true, self.passes, strict=True)]
         self.passes = [(block(h, rope, mask), rope, mask) for h, rope, mask in self.passes]
+
+    def _by_gptq(self, true: Block, block: Block, name: str, spec: QuantSpec) -> QuantTensor:
+        """A matrix of a block whose earlier ones are rounded; true: the block as it was."""
+        weight = true.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        moments = Moments(weight)
+        for h, (rounded, rope, mask) in zip(self.true, self.passes, strict=True):
+            moments.add(_seen(block, name, rounded, rope, mask), _seen(true, name, h, rope, mask))
+        return gptq(moments.compensated(), moments.hessian, spec, n_inputs=moments.n)
+
+    def _inputs(self, block: Block, name: str) -> Inputs:
+        """Of a matrix of a block that is not rounded yet, for AWQ."""
+        rows, totals, n = [], [], 0
+        for h, rope, mask in self.passes:
+            x = _seen(block, name, h, rope, mask)
+            totals.append(x.abs().sum(0))
+            rows.append(x[::4].clone())
+            n += len(x)
+        sample = torch.cat(rows)
+        return Inputs(torch.stack(totals).sum(0) / n, sample[:: -(-len(sample) // SAMPLE)])
 
     def _embedded(self) -> Iterator[tuple[Tensor, Any, Tensor | None]]:
         """What the first block is called with, for each pass. Of the embedding, only rows that the text has."""
@@ -149,30 +167,26 @@ class _Recorder(nn.Module):
         return h
 
 
-class _Seen:
-    """Inputs of one matrix: their second moment for GPTQ, their mean and a sample for AWQ."""
+class _Reached(Exception):
+    """A block has come to the matrix that was asked for."""
 
-    def __init__(self, second_moment: bool) -> None:
-        self.second_moment = second_moment
-        self.hessian: Tensor | None = None
-        self.total: Tensor | None = None
-        self.rows: list[Tensor] = []
-        self.n = 0
 
-    def take(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
-        self.n += len(x)
-        if self.second_moment:
-            self.hessian = x.t() @ x if self.hessian is None else self.hessian.addmm_(x.t(), x)
-            return
-        total = x.abs().sum(0)
-        self.total = total if self.total is None else self.total + total
-        self.rows.append(x[::4].clone())
+def _seen(block: Block, name: str, h: Tensor, rope: Any, mask: Tensor | None) -> Tensor:
+    """(tokens, columns): what a matrix of the block sees. What lies behind it is not run."""
+    found: list[Tensor] = []
 
-    def inputs(self) -> Inputs:
-        assert self.total is not None
-        rows = torch.cat(self.rows)
-        return Inputs(self.total / self.n, rows[:: -(-len(rows) // SAMPLE)])
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0].reshape(-1, args[0].shape[-1]))
+        raise _Reached
+
+    hook = block.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        block(h, rope, mask)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def _block(opened: OpenedModel, state: dict[str, Tensor]) -> Block:

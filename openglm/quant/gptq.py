@@ -1,6 +1,6 @@
 """GPTQ: round a matrix column by column, each column's error made up for by the columns that are still to come.
 
-    python -m pytest -q tests/test_quant_calibrated.py
+    python -m pytest -q tests/test_gptq.py
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: with
 H = X^T X of the layer's inputs, the update that keeps the output is read off the Cholesky factor of H's inverse.
@@ -24,15 +24,21 @@ DAMPING = 0.01  # of H's mean diagonal, added to it
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: Tensor, spec: QuantSpec, act_order: bool = True, n_inputs: int | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    act_order: bool = True,
+    n_inputs: int | None = None,
+    refit: bool = True,
 ) -> QuantTensor:
     """Round (rows, columns) to the form of `spec`, least error of weight @ X^T.
 
     hessian: (columns, columns) float32, the sum of x^T x over inputs x. n_inputs: how many; with few of them, what
-    columns seem to have in common is chance in part, and counts for less (see `_shrinkage`). act_order: columns with
+    columns seem to have in common is chance in part, and counts for less (see `shrinkage`). act_order: columns with
     the largest inputs first, on grids that are fitted to the weights beforehand; else from left to right, each group's
     grid fitted when its turn comes. A search for a grid weighs the columns by the inputs they see. Columns that see
-    none are rounded to nearest. Raises ValueError for what is not finite.
+    none are rounded to nearest. refit: grids move afterwards to where they serve the integers best. Raises ValueError
+    for what is not finite.
     """
     rows, columns = weight.shape
     group = spec.group or columns
@@ -41,7 +47,7 @@ def gptq(
     if not bool(seen.isfinite().all()):
         raise ValueError("its inputs are not finite: --method mse rounds without running the model")
     order = seen.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = _factor(hessian.float(), order, _shrinkage(columns, n_inputs))
+    factor = _factor(hessian.float(), order, shrinkage(columns, n_inputs))
     importance = _importance(seen).view(-1, group, 1)
     grouped = w.view(-1, group, rows).transpose(0, 1)
     scale, minimum = fit(grouped.reshape(group, -1), spec, importance.transpose(0, 1).expand_as(grouped).flatten(1))
@@ -71,10 +77,51 @@ def gptq(
             errors[i] = error / factor[first + i, first + i]
             block[i + 1 :].addr_(factor[first + i, first + i + 1 : stop], errors[i], alpha=-1)
         w[stop:].addmm_(factor[first:stop, stop:].t(), errors, alpha=-1)
+    if refit:
+        _refit(original, q, scale, minimum, hessian, shrinkage(columns, n_inputs), spec)
     q, scale = q.t().contiguous(), scale.t().contiguous()
     if spec.bits == 8:
         return QuantTensor(q.to(torch.int8), scale)
     return QuantTensor(pack_int4(q), scale, None if minimum is None else minimum.t().contiguous())
+
+
+def _refit(
+    w: Tensor, q: Tensor, scale: Tensor, minimum: Tensor | None, hessian: Tensor, shrinkage: float, spec: QuantSpec
+) -> None:
+    """Change scale and minimum, in place, to the least error of the outputs that these integers can have.
+
+    w, q: (columns, rows). scale, minimum: (groups, rows) float16. Group after group, all others as they are by then: in
+    each row one linear equation, or two with a minimum.
+    """
+    group = spec.group or len(w)
+    parts = [slice(first, first + group) for first in range(0, len(w), group)]
+    steps = q if spec.bits == 8 or minimum is not None else q - 8
+    low = [None] * len(parts) if minimum is None else minimum
+    error = w - torch.cat([_values(q[part], scale[g], low[g], spec) for g, part in enumerate(parts)])
+    own = shrinkage * hessian.diagonal() + DAMPING * hessian.diagonal().mean()  # beside what H is taken for
+    for g, part in enumerate(parts):
+        n, h = steps[part], hessian[part, part] * (1.0 - shrinkage)
+        h.diagonal().add_(own[part])
+        pull = (1.0 - shrinkage) * (hessian[part] @ error) + own[part, None] * error[part]
+        weighed = h @ n
+        squares, along = (n * weighed).sum(0), (n * pull).sum(0)
+        if minimum is None:
+            step = along / squares.clamp(min=1e-30)
+        else:
+            mixed, ones, level = weighed.sum(0), h.sum(), pull.sum(0)
+            room = squares * ones - mixed * mixed
+            sound = room > 1e-6 * squares * ones  # else the integers are all the same: one unknown too many
+            step = torch.where(sound, (ones * along - mixed * level) / room, 0.0)
+            rise = torch.where(sound, (squares * level - mixed * along) / room, 0.0)
+            error[part] -= _moved(minimum[g], rise)
+        error[part] -= n * _moved(scale[g], step)
+
+
+def _moved(values: Tensor, by: Tensor) -> Tensor:
+    """Change float16 values in place; returns by how much they did."""
+    before = values.float()
+    values.copy_(before + by)
+    return values.float() - before
 
 
 def _values(q: Tensor, scale: Tensor, minimum: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -90,7 +137,7 @@ def _importance(seen: Tensor) -> Tensor:
     return (seen / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(seen)
 
 
-def _shrinkage(columns: int, n_inputs: int | None) -> float:
+def shrinkage(columns: int, n_inputs: int | None) -> float:
     """By how much what lies beside H's diagonal is taken smaller: tokens of one text are alike, and two count as one.
 
     Of 0.2, 0.5 and 0.8 the one nearest to this gave the least error on other text, or next to it, in the matrices of
