@@ -93,7 +93,7 @@ class Calibration:
     def _next(self) -> None:
         if self.layer < 0:
             self.passes = list(self._embedded())
-            self.true = [h for h, _, _ in self.passes]
+            self.true = [h for h, _, _ in self.passes] if self.spec.method == "gptq" else []
         self.layer += 1
         prefix = f"layers.{self.layer}."
         names = [name.removeprefix(prefix) for name in self.opened.names() if name.startswith(prefix)]
@@ -113,7 +113,7 @@ class Calibration:
                 raise ValueError(f"{prefix}{leaf}: {error}") from None
             self.tensors[leaf], state[leaf] = found, found.dequantise()
             block.load_state_dict(state, assign=True)
-        if self.spec.method == "gptq":
+        if self.true:
             self.true = [true(h, rope, mask) for h, (_, rope, mask) in zip(self.true, self.passes, strict=True)]
         self.passes = [(block(h, rope, mask), rope, mask) for h, rope, mask in self.passes]
 
