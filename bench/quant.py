@@ -15,6 +15,8 @@ nothing. --shuffle puts the columns of all matrices in another order, with every
 function, and groups that mix columns of different grids.
 Embedding and head are 8-bit in groups of 32 on both sides, or float16 with --embeddings none.
 
+--keep FOLDER lets what is converted stay there, and takes from there what is: more windows need no new conversion.
+
 Types of ours are words joined by "-": int4 or int8, g64, g128 or row, symmetric, absmax, mse, gptq or awq; or bf16.
 int4 alone is what `openglm convert --quantize int4` does. What perplexity costs is told with the standard error of its
 paired difference over the windows, which the same text on both sides makes far smaller than that of the perplexity.
@@ -255,7 +257,9 @@ def spec_of(type: str, embeddings: str) -> QuantSpec:
 
 
 def ours(type: str, source: Reference, folder: Path, o: argparse.Namespace) -> OpenedModel:
-    if type == "bf16":
+    if folder.exists():  # kept
+        pass
+    elif type == "bf16":
         convert(source, folder, dtype="bfloat16")
     else:
         spec = spec_of(type, o.embeddings)
@@ -264,8 +268,11 @@ def ours(type: str, source: Reference, folder: Path, o: argparse.Namespace) -> O
 
 
 def peer_file(type: str, gguf: Path, target: Path, config: GLMConfig, o: argparse.Namespace) -> OpenedModel:
-    kept = "Q8_0" if o.embeddings == "int8" else "F16"
-    run_peer(o.peer_python, QUANTISE, str(gguf), str(target), type, kept)
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        kept = "Q8_0" if o.embeddings == "int8" else "F16"
+        run_peer(o.peer_python, QUANTISE, str(gguf), str(partial), type, kept)
+        partial.rename(target)
     return replace(open_model(target), config=config)
 
 
@@ -280,7 +287,8 @@ def write_peer_source(source: Reference, path: Path) -> bool:
     """A float16 GGUF of the weights. Returns whether llama.cpp can run it: it has no prefix models."""
     config = source.opened.config
     if config.mask == "causal":
-        convert(source, path, "gguf", dtype="float16")
+        if not path.exists():
+            convert(source, path, "gguf", dtype="float16")
         return True
     carrier = replace(config, mask="causal", rope=replace(config.rope, axes=1))
     write_gguf(path, carrier, source.meta, source.opened.weights(), {})
@@ -296,8 +304,10 @@ def compare(model: str | None, o: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"model": name}
     types = [("ours", t) for t in o.ours] + [("llama.cpp", t) for t in o.peer if o.peer_python]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        convert(found, folder / "source", dtype="float16")
+        folder = o.keep / name.replace(" ", "-") if o.keep else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "source").exists():
+            convert(found, folder / "source", dtype="float16")
         source = open_reference(folder / "source")
         measure = Measure(source, o.texts, o.windows)
         runs = bool(o.peer_python) and write_peer_source(source, folder / "f16.gguf")
@@ -373,6 +383,7 @@ def main() -> None:
     parser.add_argument("--embeddings", choices=("int8", "none"), default="int8", help="and head, both sides")
     parser.add_argument("--shuffle", action="store_true", help="columns in another order first")
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens, of each text")
+    parser.add_argument("--keep", type=Path, help="a folder where what is converted stays, and is taken from next time")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS, help=".txt or .jsonl[.zst]")
     parser.add_argument("--calibration", type=Path, nargs="+", help="likewise, for gptq and awq")
     o = parser.parse_args()
