@@ -15,7 +15,8 @@ nothing. --shuffle puts the columns of all matrices in another order, with every
 function, and groups that mix columns of different grids.
 Embedding and head are 8-bit in groups of 32 on both sides, or float16 with --embeddings none.
 
---keep FOLDER lets what is converted stay there, and takes from there what is: more windows need no new conversion.
+--keep FOLDER lets what is converted stay there, and takes from there what the same options made: more windows need no
+new conversion.
 
 Types of ours are words joined by "-": int4 or int8, g64, g128 or row, symmetric, absmax, mse, gptq or awq; or bf16.
 int4 alone is what `openglm convert --quantize int4` does. What perplexity costs is told with the standard error of its

@@ -16,7 +16,7 @@ from openglm.quant.gptq import shrinkage
 
 __all__ = ["Moments"]
 
-FAR = 0.5  # of the way
+FAR = 0.5  # of the way: what is left of it is mostly this text learnt by heart
 DAMPING = 0.2, 0.02  # of each entry of H's diagonal, and of its mean, added to it
 
 
